@@ -1,0 +1,31 @@
+# From a fresh clone: `make train` and `make test` do all the set-up there is.
+PYTHON ?= python3
+BIN = .venv/bin
+PROCESSES ?= 2
+
+.PHONY: train test test-cluster faults clean
+
+train: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m launch train --config configs/quickstart.yaml
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/faults --ignore tests/test_slurm.py
+
+# What needs root, Debian's iproute2 and SLURM: 20 kills, nodes that leave and return, a cluster of two nodes.
+test-cluster: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/faults tests/test_slurm.py
+
+# 100 kills; test-cluster does 20. Needs root and iproute2, for nodes as network namespaces.
+faults: .venv/ready
+	$(BIN)/python tests/faults/harness.py --kills 100
+
+# torch comes first and pinned: resolved together with the others, pip would take the newest build with all of CUDA.
+.venv/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --constraint constraints.txt torch==2.13.0
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

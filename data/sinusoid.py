@@ -1,0 +1,34 @@
+"""Sinusoid regression (Finn et al. 2017, section 5.1): y = A sin(x - phase)."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from data.tasks import TaskBatch, draw, regression_loss
+
+
+class Sinusoid:
+    """Amplitude in [0.1, 5], phase in [0, pi], x in [-5, 5], all uniform; the same distribution in every split.
+
+    support_x [T, S, 1], support_y [T, S, 1], query_x [T, Q, 1], query_y [T, Q, 1].
+    """
+
+    input_shape = (1,)
+    outputs = 1
+    loss = staticmethod(regression_loss)
+
+    def __init__(self, shots: int, queries: int, seed: int, dtype: torch.dtype):
+        self.shots, self.queries, self.seed, self.dtype = shots, queries, seed, dtype
+
+    def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+        uniforms = draw(self.seed, split, iteration, indices, 0, 2 + self.shots + self.queries)
+        amplitude = 0.1 + 4.9 * uniforms[:, 0, None, None]
+        phase = math.pi * uniforms[:, 1, None, None]
+        x = 10.0 * uniforms[:, 2:, None] - 5.0
+        x, y = x.to(self.dtype), (amplitude * torch.sin(x - phase)).to(self.dtype)
+        return TaskBatch(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
+
+    def identity(self) -> dict[str, str]:
+        return {"name": "sinusoid", "digest": "analytic"}

@@ -1,0 +1,170 @@
+"""The command line: alpha-maml VERB --config FILE [--key.sub value ...]."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from data.errors import InputError
+from launch import slurm
+from trainer import config as configuration
+from trainer.config import Config
+
+VERBS = {
+    "train": "train theta, alpha and beta; the same command again resumes",
+    "slurm": "train as a SLURM job, which comes back until the run is finished",
+    "evaluate": "test a trained run on held-out tasks",
+    "report": "draw losses and rates of several runs side by side",
+    "sync": "ship to MLflow what a run that has ended left unsent",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message}; see {self.prog} --help")
+
+
+def parser() -> Parser:
+    root = Parser(prog="alpha-maml", allow_abbrev=False, description="Alpha MAML: meta-learning whose two learning rates "
+                  "adapt online, on any number of GPUs.")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, meaning in VERBS.items():
+        sub = verbs.add_parser(verb, help=meaning, description=meaning, allow_abbrev=False)
+        if verb == "train":
+            sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the keys below")
+        if verb == "slurm":
+            slurm.add_options(sub)
+        if verb == "evaluate":
+            sub.add_argument("--split", choices=("val", "test"), default="test", help="whose tasks (default: test)")
+        if verb == "report":
+            sub.add_argument("--runs", type=Path, nargs="+", required=True, metavar="DIR", help="the runs' folders")
+            sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure; .png and .svg are written")
+            continue
+        if verb == "sync":
+            sub.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
+            continue
+        for name, (item, kind) in configuration.keys().items():
+            value = configuration.default(item)
+            text = f"{configuration.spelled(kind)}; default {'null' if value is None else value}"
+            sub.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE",
+                             help=f"{item.metadata['meaning']} ({text})".replace("%", "%%"))
+    return root
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs a verb and exits: 0 done, 2 the input is wrong (one line), 1 anything else, a signal's code where one stopped
+    the run."""
+    try:
+        known, unknown = parser().parse_known_args(arguments)
+        overrides = {name: value for name, value in vars(known).items() if name in configuration.keys()}
+        if unknown:  # names the nearest key
+            name, _, value = unknown[0].removeprefix("--").partition("=")
+            configuration.checked(name, value, f"{unknown[0]} on the command line")
+            raise InputError(f"command line: {unknown[0]} is not for {known.verb}; see alpha-maml {known.verb} --help")
+        code = {"train": train, "evaluate": evaluate, "report": report, "sync": sync,
+                "slurm": slurm.submit}[known.verb](known, overrides)
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node is enough
+            print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = configuration.build(known.config, overrides)
+    from launch import runtime
+    from launch.progress import Progress
+    from trainer import loop
+
+    stop = runtime.StopRequest()
+    with runtime.world(config.device, config.engine.timeout) as world:
+        progress = Progress(config)
+        try:
+            status = loop.train(config, world, stop, progress.started, progress.watch)
+        except loop.Diverged as error:
+            print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
+            status = "FAILED"
+        finally:
+            progress.finish()
+    if status == "KILLED":
+        return 128 + (stop.signal or 15)
+    return 0 if status == "FINISHED" else 1
+
+
+def run_config(folder: Path, overrides: dict[str, str]) -> Config:
+    """The configuration of the run in `folder`, with what the command line changes; raises InputError."""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"run_dir: {folder} is not a run's folder (it has no config.yaml); give one that is")
+    return configuration.build(folder / "config.yaml", overrides)
+
+
+def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
+    folder = configuration.build(None, {k: v for k, v in overrides.items() if k == "run_dir"}).run_dir
+    if folder is None:
+        raise InputError("run_dir: is needed here; give the folder of a trained run with --run_dir")
+    config = run_config(Path(folder), overrides)
+    from launch import runtime
+    from trainer import loop
+    from trainer.evaluate import evaluate as measure
+
+    if "evaluation.tasks" not in overrides:
+        config = replace(config, evaluation=replace(config.evaluation, tasks=600))
+    with runtime.world(config.device, config.engine.timeout) as world:
+        problem, state = loop.set_up(config, world)
+        state = loop.resume(state, Path(config.run_dir), world)
+        if state.iteration == 0:
+            raise InputError(f"run_dir: {config.run_dir} has no checkpoint yet; train it first")
+        alpha = state.rates.alpha.to(problem.dtype)
+        result = measure(problem.apply, problem.source, state.engine.theta(), alpha, known.split, config.evaluation.tasks,
+                         config.inner.steps, world)
+    if world.rank == 0:
+        shown = result._asdict() | {"split": known.split, "iteration": state.iteration, "steps": config.inner.steps,
+                                    "alpha": float(alpha)}
+        for name in ("accuracy", "accuracy_ci95"):
+            shown[name] = None if shown[name] != shown[name] else shown[name]
+        print(json.dumps(shown))
+    return 0
+
+
+def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from trainer import spool
+    from trainer.figures import draw_curves
+
+    runs, thresholds = [], set()
+    for folder in known.runs:
+        config, lines = run_config(folder, {}), spool.read_metrics(folder)
+        if not lines:
+            raise InputError(f"--runs: {folder} has recorded no iteration yet; train it first")
+        rates = config.rates
+        runs.append((f"{rates.rule}, from alpha {rates.alpha:g}, beta {rates.beta:g}", lines))
+        thresholds.add(config.loss_threshold)
+    try:
+        known.out.parent.mkdir(parents=True, exist_ok=True)
+        paths = draw_curves(runs, known.out, thresholds.pop() if len(thresholds) == 1 else None)
+    except OSError as error:
+        raise InputError(f"--out: {known.out} cannot be written ({error.strerror}); choose another file") from None
+    print(*paths, sep="\n")
+    return 0
+
+
+def sync(known: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from trainer import tracking
+
+    folder, config = known.run_dir, run_config(known.run_dir, {})
+    try:
+        state = tracking.sync(folder, config.tracking.timeout)
+    except InputError:
+        raise
+    except Exception as error:
+        print(f"alpha-maml: the store cannot be reached ({type(error).__name__}: {str(error).splitlines()[0][:200]}); nothing "
+              "is lost, run the same command again", file=sys.stderr)
+        return 1
+    print(f"{folder}: all {state['offset']} bytes of metrics are in MLflow, run {state['run_id']}")
+    return 0

@@ -1,0 +1,82 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, a table and a link at the end."""
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from trainer import spool
+from trainer.config import Config
+
+LINE_SECONDS = 10.0  # between plain lines
+
+
+class Progress:
+    """Called on rank 0 alone; on other ranks nothing is ever shown."""
+
+    def __init__(self, config: Config):
+        self.config, self.folder, self.sender, self.bar = config, None, None, None
+        self.finished_before, self.shown = False, 0.0
+
+    def started(self, folder: Path, finished: bool) -> None:
+        self.folder, self.finished_before = folder, finished
+        if finished:
+            done = spool.read_json(folder / "summary.json").get("iterations", self.config.iterations)
+            print(f"{folder} is finished: {done} iterations. Raise iterations to go on, or choose another run_dir.")
+            return
+        print(f"run: {folder}", flush=True)
+        if self.config.tracking.uri != "disabled":
+            from trainer.tracking import Sender
+
+            self.sender = Sender(folder)
+
+    def watch(self, step: int, metrics: dict[str, float]) -> None:
+        text = {"loss": f"{metrics.get('loss/train', float('nan')):.3f}", "alpha": f"{metrics['rates/alpha']:.2e}",
+                "beta": f"{metrics['rates/beta']:.2e}", "tasks/s": f"{metrics['perf/tasks_per_s']:.0f}"}
+        if sys.stderr.isatty():
+            if self.bar is None:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=self.config.iterations, initial=step - 1, unit="it", dynamic_ncols=True)
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix(text, refresh=False)
+        elif time.monotonic() - self.shown > LINE_SECONDS or step == self.config.iterations:
+            self.shown = time.monotonic()
+            left = (self.config.iterations - step) * metrics["perf/step_ms"] / 1000
+            words = "  ".join(f"{name} {value}" for name, value in text.items())
+            print(f"{step:>7}/{self.config.iterations}  {words}  left {left:.0f} s", flush=True)
+
+    def finish(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.folder is None or self.finished_before:
+            return
+        unsent = self.sender.close(self.config.tracking.timeout) if self.sender else None
+        summary = spool.read_json(self.folder / "summary.json")
+        rows = [("", "first", "last")] + [
+            (label, _number(summary.get(f"{name}_first")), _number(summary.get(f"{name}_last")))
+            for label, name in (("training loss", "loss"), ("alpha", "alpha"), ("beta", "beta"))]
+        print()
+        for row in rows:
+            print("  {:<14}{:>12}{:>12}".format(*row))
+        accuracy = summary.get("val_accuracy")
+        if accuracy is not None:
+            print(f"  validation accuracy {100 * accuracy:.2f} % +- {100 * summary['val_accuracy_ci95']:.2f}")
+        elif summary.get("val_loss") is not None:
+            print(f"  validation loss {summary['val_loss']:.4f}")
+        reached = summary.get("iterations_to_threshold")
+        print(f"  loss under {self.config.loss_threshold:g}: " + (f"iteration {reached}" if reached else "not reached"))
+        print(f"  {_number(summary.get('tasks_per_s'))} tasks/s on {summary.get('world_size')} ranks, "
+              f"{summary.get('seconds', 0):.1f} s; everything is in {self.folder}")
+        if self.sender:
+            from trainer.tracking import link
+
+            if unsent:
+                print(f"alpha-maml: {unsent}", file=sys.stderr)
+            command, address = link(self.config, self.folder)
+            print(f"\nCurves: {self.folder / 'curves.png'}")
+            print("Compare runs: " + (f"start  {command}\n  and open  " if command else "") + address)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,81 @@
+"""From the environment that torchrun (or SLURM) sets to a World: the process group, the device, the signals."""
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from data.errors import InputError
+from trainer.collective import World
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def environment(name: str, default: int) -> int:
+    """An integer of the launcher's environment; raises InputError where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise InputError(f"{name}: {text!r} must be a whole number; start with torchrun, which sets it, or unset it")
+    return int(text)
+
+
+@contextmanager
+def world(device: str, timeout: float) -> Iterator[World]:
+    """This process's place among the ranks, inside a process group where a launcher started several (NCCL on GPUs, gloo
+    without). A rank that does not answer within `timeout` seconds ends the run.
+
+    Raises InputError for a device that is not there.
+    """
+    size, rank, local_rank = environment("WORLD_SIZE", 1), environment("RANK", 0), environment("LOCAL_RANK", 0)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for and there is none; use device auto or cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device("cpu")
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"LOCAL_RANK: {local_rank} has no GPU, there are {torch.cuda.device_count()}; start at most that "
+                             "many processes on this node, or use device cpu")
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment("LOCAL_WORLD_SIZE", size)))
+    if "WORLD_SIZE" not in os.environ:
+        yield World(device=place)
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # An agent that is killed takes its processes along: they would train on unseen and keep the run's folder locked.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout),
+                                device_id=place if place.type == "cuda" else None)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(f"MASTER_ADDR: {where} and all {size} ranks cannot be reached within {timeout:g} s "
+                         f"({str(error).splitlines()[0][:120]}); check the address, or start with torchrun") from None
+    yield World(rank, size, local_rank, place)
+    dist.destroy_process_group()  # not after an error: with a peer that hangs it would wait once more
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGUSR1 and SIGINT into a wish to stop: the iteration is finished and saved first. A second SIGINT
+    ends the process at once. Handlers may run twice, since schedulers signal more than one process."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __call__(self) -> bool:
+        return self.signal is not None

@@ -1,0 +1,102 @@
+"""What the tests share: real data, real processes, small problems."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, command
+from torch.func import functional_call
+
+import models
+from data.tasks import TaskBatch, classification_loss, regression_loss
+from trainer import checkpoint, spool
+
+OMNIGLOT = Path(os.environ.get("OMNIGLOT_ROOT", ROOT / "../shared/data/omniglot"))
+
+
+@pytest.fixture(scope="session")
+def omniglot_root() -> str:
+    """The folder of Omniglot's two archives."""
+    if not OMNIGLOT.is_dir():
+        reason = f"{OMNIGLOT} does not exist; name the folder of Omniglot's archives in OMNIGLOT_ROOT"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return str(OMNIGLOT.resolve())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def background(tmp_path: Path):
+    """Starts alpha-maml (arguments as in `run`) and returns the process; whatever still runs at the end is killed. Its
+    output goes to output.N under tmp_path."""
+    processes: list[subprocess.Popen] = []
+
+    def start(*arguments: object, ranks: int = 0, **environment: str) -> subprocess.Popen:
+        with (tmp_path / f"output.{len(processes)}").open("wb") as output:
+            processes.append(subprocess.Popen(
+                command(*arguments, ranks=ranks), cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Shows what tests report by record_property("report", text), from workers of xdist too."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "report":
+                terminalreporter.write_line(text)
+
+
+def started(process: subprocess.Popen, run_dir: Path, lines: int) -> None:
+    """Waits until the run has recorded so many iterations."""
+    end = time.monotonic() + 120
+    while len(spool.read_metrics(run_dir)) < lines:
+        assert process.poll() is None, f"ended with {process.returncode}: see {run_dir.parent}/output.*"
+        assert time.monotonic() < end, "too slow to be alive"
+        time.sleep(0.05)
+
+
+def newest_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read(checkpoint.saved(run_dir / "checkpoints")[-1])
+
+
+class Small:
+    """A float64 problem of one shipped model, small enough for finite differences."""
+
+    def __init__(self, name: str, tasks: int = 3):
+        generator = torch.Generator().manual_seed(7)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+        if name == "mlp":
+            shape, outputs, self.loss, channels, args = (1,), 1, regression_loss, 8, {}
+            self.tasks = TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
+        else:
+            shape, outputs, self.loss, channels = (1, 16, 16), 3, classification_loss, 4
+            args = {}
+            labels = torch.arange(3).expand(tasks, 3)
+            self.tasks = TaskBatch(random(tasks, 3, *shape), labels, random(tasks, 3, *shape), labels)
+        self.model = models.build(name, shape, outputs, 3, channels, args).double()
+        self.theta = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.alpha = torch.tensor(0.2, dtype=torch.float64)
+
+    def apply(self, params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(self.model, params, (x,))
+
+    def task(self, b: int) -> TaskBatch:
+        return TaskBatch(*(x[b] for x in self.tasks))

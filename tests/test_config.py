@@ -1,0 +1,107 @@
+"""Configuration: what is read, and the one line for whatever is wrong."""
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import ROOT
+
+from data.errors import InputError
+from trainer.config import Config, build, keys, run_dir, to_yaml, trajectory
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_files_are_valid(path: Path):
+    assert isinstance(build(path, {}), Config)
+
+
+def test_the_command_line_outweighs_the_file_and_the_file_the_defaults(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text("iterations: 7\nrates: {alpha: 1e-2, beta: 0.5}\nmodel: {args: {pooled: true}}\n")
+    config = build(file, {"rates.beta": "2e-3", "model.channels": "null", "iterations": "1e2"})
+    assert (config.iterations, config.rates.alpha, config.rates.beta, config.seed) == (100, 0.01, 0.002, 0)
+    assert config.model.args == {"pooled": True} and config.model.channels is None
+
+
+def test_a_resolved_file_reads_back_the_same(tmp_path: Path):
+    config = build(None, {"rates.alpha": "3e-7", "rates.minimum": "1e-9", "run_dir": "null", "model.args": "{a: 1}"})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert build(tmp_path / "c.yaml", {}) == config
+
+
+def test_every_key_has_a_meaning():
+    assert all(item.metadata["meaning"] for item, _ in keys().values())
+
+
+WRONG = {  # YAML: what its line must name
+    "rates: {alpa: 1}": ("rates.alpa", "did you mean rates.alpha"),
+    "iteration: 3": ("iteration", "did you mean iterations"),
+    "zzz: 3": ("zzz", "--help"),
+    "rates: {alpha: fast}": ("rates.alpha", "fast", "finite number"),
+    "rates: {alpha: -0.1}": ("rates.alpha", "-0.1", "greater than 0"),
+    "rates: {alpha: .nan}": ("rates.alpha", "nan", "finite"),
+    "rates: {alpha: [1]}": ("rates.alpha", "[1]", "finite number"),
+    "rates: {alpha: true}": ("rates.alpha", "True", "finite number"),
+    "rates: {rule: magic}": ("rates.rule", "magic", "adaptive, paper, fixed"),
+    "rates: {minimum: 1, maximum: 1}": ("rates.minimum", "under rates.maximum"),
+    "rates: {alpha: 100}": ("rates.alpha", "100", "rates.maximum"),
+    "rates: 3": ("rates", "3", "section"),
+    "rates: [alpha]": ("rates", "section"),
+    "task: {batch: 1.5}": ("task.batch", "1.5", "whole number"),
+    "task: {batch: 0}": ("task.batch", "0", "1 or more"),
+    "task: {batch: 1e999}": ("task.batch", "whole number"),
+    "task: {ways: 5}": ("task.ways", "5", "regression"),
+    "data: {name: omniglot}\nmodel: {name: conv4}": ("task.ways", "1", "2 or more"),
+    "data: {root: ''}": ("data.root", "not empty"),
+    "model: {name: conv5}": ("model.name", "conv5", "conv4_pooled"),
+    "model: {name: conv4}": ("model.name", "images"),
+    "model: {args: 3}": ("model.args", "3", "mapping"),
+    "seed: -1": ("seed", "-1"),
+    "seed: 99999999999999999999": ("seed", "2^63"),
+    "device: tpu": ("device", "tpu", "auto, cpu, cuda"),
+    "precision: bfloat16": ("precision", "bfloat16", "float32, float64"),
+    "seed: 1\nseed: 2": ("seed", "twice", "line 2"),
+    "rates: {": ("YAML", "line"),
+    "- a\n- b": ("list", "mapping"),
+    "a: !!python/object/apply:os.system ['true']": ("YAML",),
+    "1: 2": ("1", "no such key"),
+    "? {a: 1}\n: 2": ("YAML",),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_input_is_one_line_that_names_it(text: str, tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        build(file, {})
+    line = str(caught.value)
+    assert "\n" not in line
+    for word in WRONG[text]:
+        assert word in line, line
+
+
+@pytest.mark.parametrize("content", (b"\xff\xfe", b"a: \x00", b"\xc3\x28: 1"))
+def test_bytes_that_are_no_text_are_one_line(content: bytes, tmp_path: Path):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(InputError, match="not valid YAML"):
+        build(tmp_path / "c.yaml", {})
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path):
+    with pytest.raises(InputError, match="is not a file"):
+        build(tmp_path / "none.yaml", {})
+
+
+def test_the_folder_follows_what_decides_theta_and_nothing_else():
+    base = build(None, {})
+    assert run_dir(base) == run_dir(build(None, {"iterations": "9", "checkpoint.every": "1", "engine.timeout": "9"}))
+    assert run_dir(base) != run_dir(build(None, {"seed": "1"}))
+    assert run_dir(build(None, {"run_dir": "x"})) == Path("x")
+    assert set(trajectory(base)) < set(keys())
+
+
+def test_yaml_of_a_configuration_is_plain():
+    assert yaml.safe_load(to_yaml(Config())) == asdict(Config())

@@ -1,0 +1,183 @@
+"""Tasks: reproducible by index, distributed as they should be, and Omniglot from its real archives."""
+from __future__ import annotations
+
+import io
+import math
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.omniglot
+from data.errors import InputError
+from data.omniglot import ARCHIVES, SPLIT_BOUNDS, Omniglot, load_images
+from data.sinusoid import Sinusoid
+from data.tasks import classification_loss, draw, draw_subset, regression_loss
+
+CPU = torch.device("cpu")
+
+
+def test_draws_are_splitmix64():
+    """Against the reference generator in Python's unbounded integers."""
+    mask = 2**64 - 1
+
+    def mix(z: int) -> int:
+        z = (z + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    state = 0
+    for part in (12345, 2, 77, 5, 3):  # seed, split "test", iteration, index, stream
+        state = mix(state ^ part)
+    expected = [(mix((state + i * 0x9E3779B97F4A7C15) & mask) >> 11) * 2.0**-53 for i in range(6)]
+    assert draw(12345, "test", 77, torch.tensor([4, 5]), 3, 6)[1].tolist() == expected
+
+
+def test_draws_are_uniform_and_independent_between_tasks_iterations_and_streams():
+    indices = torch.arange(64)
+    values = torch.stack([draw(0, "train", i, indices, s, 100) for i in range(5) for s in range(3)])
+    assert abs(float(values.mean()) - 0.5) < 0.004 and abs(float(values.var()) - 1 / 12) < 0.002
+    rows = values.flatten(0, 1) - 0.5
+    assert len(rows.unique(dim=0)) == len(rows)
+    assert float((rows @ rows.T / 100 * 12).fill_diagonal_(0).abs().max()) < 0.6  # of 460,000 correlations, sd 0.1
+
+
+def test_subsets_are_distinct_and_every_position_is_as_likely():
+    chosen = draw_subset(draw(1, "train", 0, torch.arange(4000), 0, 10), 3)
+    assert all(len(set(row.tolist())) == 3 for row in chosen)
+    counts = torch.stack([torch.bincount(chosen[:, place], minlength=10) for place in range(3)])
+    assert float((counts - 400).abs().max()) < 5 * math.sqrt(400)
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_a_task_depends_on_its_index_alone(omniglot_root: str, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp().parent / "cache"
+    for source in (Sinusoid(5, 5, 0, torch.float64), Omniglot(omniglot_root, cache, 5, 2, 3, 0, torch.float32, CPU)):
+        whole = source.batch("train", 9, torch.arange(7))
+        parts = [source.batch("train", 9, i) for i in torch.arange(7).tensor_split(3)]
+        assert same(whole, [torch.cat(x) for x in zip(*parts)])
+        assert not torch.equal(whole.support_x, source.batch("train", 10, torch.arange(7)).support_x)
+        assert not torch.equal(whole.support_x, source.batch("val", 9, torch.arange(7)).support_x)
+
+
+def test_sinusoids_are_those_of_maml():
+    x_s, y_s, x_q, y_q = Sinusoid(10, 15, 0, torch.float64).batch("train", 0, torch.arange(500))
+    assert x_s.shape == y_s.shape == (500, 10, 1) and x_q.shape == y_q.shape == (500, 15, 1)
+    assert x_s.min() >= -5 and x_s.max() <= 5 and 4.9 < y_s.abs().max() <= 5
+    for task in range(3):  # support and query lie on one A sin(x - phase)
+        design = torch.cat([x_s[task].sin(), x_s[task].cos()], 1)
+        weights = torch.linalg.lstsq(design, y_s[task]).solution
+        assert torch.allclose(torch.cat([x_q[task].sin(), x_q[task].cos()], 1) @ weights, y_q[task])
+        assert 0.1 <= float(weights.norm()) <= 5 and float(weights[1]) <= 1e-9  # phase in [0, pi]
+
+
+@pytest.fixture(scope="module")
+def omniglot(omniglot_root: str, tmp_path_factory) -> Omniglot:
+    cache = tmp_path_factory.getbasetemp().parent / "cache"
+    return Omniglot(omniglot_root, cache, 20, 3, 2, 0, torch.float32, CPU)
+
+
+def test_omniglot_has_its_shapes_and_mamls_splits(omniglot: Omniglot):
+    assert omniglot.images.shape == (1623, 20, 28, 28) and omniglot.images.dtype == torch.uint8
+    assert {name: stop - start for name, (start, stop) in SPLIT_BOUNDS.items()} == {"train": 1100, "val": 100, "test": 423}
+    x_s, y_s, x_q, y_q = omniglot.batch("train", 0, torch.arange(6))
+    assert x_s.shape == (6, 60, 1, 28, 28) and x_q.shape == (6, 40, 1, 28, 28)
+    assert y_s[0].tolist() == [n for n in range(20) for _ in range(3)]
+    assert y_q[0].tolist() == [n for n in range(20) for _ in range(2)]
+    assert 0 == x_s.min() and x_s.max() <= 1 and 0.03 < x_s.mean() < 0.15, "ink must be 1 on paper 0"
+
+
+def test_omniglot_tasks_hold_distinct_classes_of_their_split_at_one_rotation_each(omniglot: Omniglot):
+    seen, turns_seen = set(), set()
+    known = {omniglot.images[c, d].numpy().tobytes(): (c, d) for c in range(1623) for d in range(20)}
+    for split, (start, stop) in SPLIT_BOUNDS.items():
+        batch = omniglot.batch(split, 3, torch.arange(4))
+        for task in range(4):
+            classes = []
+            for n in range(20):
+                x = torch.cat([batch.support_x[task, 3 * n : 3 * n + 3], batch.query_x[task, 2 * n : 2 * n + 2]])[:, 0]
+                pixels = (x * 255).round().to(torch.uint8).numpy()
+                matches = [(k, [known.get(np.rot90(p, -k).tobytes()) for p in pixels]) for k in range(4)]
+                (turn, found), = [(k, m) for k, m in matches if None not in m]
+                assert len({c for c, _ in found}) == 1 and len({d for _, d in found}) == 5, "one class, five drawings"
+                classes.append(found[0][0])
+                turns_seen.add(turn)
+            assert len(set(classes)) == 20 and all(start <= c < stop for c in classes)
+            seen |= {(split, c) for c in classes}
+    assert len(seen) > 120 and turns_seen == {0, 1, 2, 3}
+
+
+def test_a_damaged_cache_is_decoded_again(omniglot_root: str, tmp_path: Path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(data.omniglot, "decode_archive",
+                        lambda path: decoded.append(path) or {f"{path.name}{i}": np.full((20, 28, 28), i % 251, np.uint8)
+                                                              for i in range(964 if "back" in path.name else 659)})
+    images, digest = load_images(omniglot_root, tmp_path)
+    assert load_images(omniglot_root, tmp_path)[1] == digest and len(decoded) == 2
+    store = next(tmp_path.glob("*.npy"))
+    store.write_bytes(store.read_bytes()[:-7])
+    again, same_digest = load_images(omniglot_root, tmp_path)
+    assert len(decoded) == 4 and same_digest == digest and np.array_equal(images, again)
+
+
+def png(size: tuple[int, int] = (105, 105)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def archive(path: Path, entries: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+
+
+DAMAGE = {
+    "missing": (lambda p: p.unlink(), "does not exist"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "not a whole Omniglot archive"),
+    "empty": (lambda p: p.write_bytes(b""), "not a whole Omniglot archive"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "does not exist"),
+    "no drawings": (lambda p: archive(p, {"a.txt": b"x"}), "964 characters, Omniglot has 1623|659 characters"),
+    "few drawings": (lambda p: archive(p, {f"a/b/{i}.png": png() for i in range(19)}), "19 drawings of a/b, not 20"),
+    "no pictures": (lambda p: archive(p, {"a/b/1.png": b"not a picture"}), "not a whole Omniglot archive"),
+    "other sizes": (lambda p: archive(p, {"a/b/1.png": png((106, 105))}), "106 x 105, not 105 x 105"),
+    "a bomb": (lambda p: archive(p, {"a/b/1.png": bytes(10**8)}), "100000000 bytes"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_wrong_archives_are_one_line(damage: str, omniglot_root: str, tmp_path: Path):
+    for name in ARCHIVES:
+        shutil.copy(Path(omniglot_root) / name, tmp_path)
+        (tmp_path / name).chmod(0o644)
+    spoil, words = DAMAGE[damage]
+    spoil(tmp_path / "images_evaluation.zip")
+    if damage != "no drawings":  # the good one need not be decoded
+        archive(tmp_path / "images_background.zip", {})
+    with pytest.raises(InputError, match=words) as caught:
+        load_images(str(tmp_path), tmp_path / "cache")
+    assert "data.root" in str(caught.value) and "\n" not in str(caught.value) and "fetch both archives" in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*.npy*")), "nothing under the final name"
+
+
+@pytest.mark.parametrize(("sizes", "words"), (((101, 1, 1), "task.ways: 101"), ((5, 11, 10), "task.shots .* 11 \\+ 10")))
+def test_tasks_that_cannot_be_formed_are_one_line(sizes: tuple, words: str, tmp_path: Path):
+    with pytest.raises(InputError, match=words):
+        Omniglot(None, tmp_path, *sizes, 0, torch.float32, CPU)
+
+
+def test_losses():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]], dtype=torch.float64)
+    loss, accuracy = classification_loss(logits, torch.tensor([0, 1, 1]))
+    assert float(loss) == pytest.approx(sum(math.log(1 + math.exp(x)) for x in (-2, -1, 2)) / 3)
+    assert float(accuracy) == pytest.approx(2 / 3)
+    loss, accuracy = regression_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [0.0]]))
+    assert float(loss) == 5.0 and math.isnan(accuracy)

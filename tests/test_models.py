@@ -1,0 +1,68 @@
+"""Models by name and by import path, and what is said of those that cannot be used."""
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from data.errors import InputError
+
+
+class Own(nn.Module):
+    def __init__(self, input_shape, outputs, width=3):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(input_shape[0], width), nn.Tanh(), nn.Linear(width, outputs))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Running(Own):
+    def __init__(self, input_shape, outputs):
+        super().__init__(input_shape, outputs)
+        self.norm = nn.BatchNorm1d(3)
+
+
+class Nothing(nn.Module):
+    def __init__(self, input_shape, outputs):
+        super().__init__()
+
+
+@pytest.mark.parametrize(("name", "shape", "outputs", "size"), (
+    ("mlp", (1,), 1, 40 + 40 + 40 * 40 + 40 + 40 + 1),
+    ("conv4", (1, 28, 28), 20, 9 * 64 + 3 * 9 * 64 * 64 + 4 * 2 * 64 + 64 * 20 + 20),
+    ("conv4_pooled", (3, 84, 84), 5, 9 * 3 * 64 + 3 * 9 * 64 * 64 + 4 * 2 * 64 + 25 * 64 * 5 + 5),
+))
+def test_shipped_models_have_their_shapes(name: str, shape: tuple, outputs: int, size: int):
+    model = models.build(name, shape, outputs, seed=0)
+    assert model(torch.rand(4, *shape)).shape == (4, outputs)
+    assert sum(p.numel() for p in model.parameters()) == size
+
+
+def test_the_seed_alone_decides_the_start():
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first, second, other = (models.build("conv4", (1, 28, 28), 5, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert not torch.equal(first.blocks[0].conv.weight, other.blocks[0].conv.weight)
+    assert torch.equal(state, torch.random.get_rng_state()), "the user's generator was touched"
+
+
+def test_a_model_of_ones_own():
+    model = models.build("test_models:Own", (2,), 3, 0, args={"width": 7})
+    assert model(torch.rand(4, 2)).shape == (4, 3) and model.layers[1].out_features == 7
+
+
+@pytest.mark.parametrize(("arguments", "words"), (
+    (("nowhere.to:Find", (2,), 1, 0), "model.name: 'nowhere.to:Find' cannot be imported"),
+    (("test_models:Missing", (2,), 1, 0), "cannot be imported"),
+    (("test_models:Own", (2,), 1, 0, 5), "model.args: .* cannot be built .*channels"),
+    (("test_models:Running", (2,), 1, 0), "keeps state .*norm.running_mean.*track_running_stats"),
+    (("test_models:Nothing", (2,), 1, 0), "no parameters"),
+    (("conv4_pooled", (1, 8, 8), 1, 0), "8 x 8 are too small"),
+))
+def test_what_cannot_be_used_is_one_line(arguments: tuple, words: str):
+    with pytest.raises(InputError, match=words) as caught:
+        models.build(*arguments)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,175 @@
+"""The rules for alpha and beta: Algorithm 2 by hand, conversions, invariances, guards."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.tasks import TaskBatch
+from trainer import rates
+from trainer.collective import World
+from trainer.config import Config, Outer, Rates, Task
+from trainer.engine import TorchEngine
+from trainer.loop import Problem, State, train_step
+
+CURVATURES = torch.tensor([[1.0, 0.5], [2.0, 0.25], [0.3, 1.5]], dtype=torch.float64)
+CENTRES = torch.tensor([[1.0, -1.0], [0.5, 2.0], [-2.0, 0.3]], dtype=torch.float64)
+SHIFTS = torch.tensor([[0.1, 0.2], [-0.3, 0.1], [0.2, -0.2]], dtype=torch.float64)
+
+
+class Quadratics:
+    """Three tasks 1/2 (p - centre)' diag(curvature) (p - centre), whose test centre is shifted: all known in closed form.
+    The "inputs" of a task are its centre, the targets its curvature."""
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def loss(self, outputs: torch.Tensor, curvature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value = 0.5 * self.scale * (curvature * outputs**2).sum()
+        return value, value.detach() * float("nan")
+
+    def batch(self, split: str, iteration: int, indices: torch.Tensor) -> TaskBatch:
+        centres = CENTRES + 0.1 * iteration  # the tasks change from iteration to iteration
+        return TaskBatch(*(x[indices] for x in (centres, CURVATURES, centres + SHIFTS, CURVATURES)))
+
+
+def trajectory(config: Config, iterations: int, scale: float = 1.0) -> list[tuple[float, ...]]:
+    theta = {"p": torch.tensor([0.7, -0.4], dtype=torch.float64)}
+    problem = Problem(config, World(), Quadratics(scale), lambda params, x: params["p"] - x, torch.arange(3), torch.float64)
+    state = State(TorchEngine(theta, config, World()), rates.initial(config.rates, torch.device("cpu")), 0)
+    seen = []
+    for _ in range(iterations):
+        state, values = train_step(problem, state, False)
+        seen.append((*state.engine.theta()["p"].tolist(), float(state.rates.alpha), float(state.rates.beta)))
+    return seen
+
+
+def paper(reduction: str = "sum", steps: int = 1, **changes: float) -> Config:
+    settings = {"alpha": 0.05, "beta": 0.02, "alpha_hyperlr": 1e-3, "beta_hyperlr": 1e-4} | changes
+    config = Config(task=Task(batch=3, reduction=reduction), rates=Rates(rule="paper", **settings))
+    return replace(config, inner=replace(config.inner, steps=steps))
+
+
+def by_hand(alpha: float, beta: float, alpha_hyperlr: float, beta_hyperlr: float, iterations: int, steps: int) -> list:
+    """Algorithm 2 in closed form for diagonal quadratics, in plain floats."""
+    p, previous, seen = [0.7, -0.4], [0.0, 0.0], []
+    for t in range(iterations):
+        S, A = [0.0, 0.0], 0.0
+        for b in range(3):
+            for i in range(2):
+                c, centre = float(CURVATURES[b, i]), float(CENTRES[b, i]) + 0.1 * t
+                shrink = 1 - alpha * c  # one inner step: (p - centre) -> (1 - alpha c) (p - centre)
+                error = shrink**steps * (p[i] - centre) - float(SHIFTS[b, i])  # theta' - test centre
+                S[i] += c * error * shrink**steps
+                A += c * error * -c * steps * shrink ** (steps - 1) * (p[i] - centre)
+        beta += beta_hyperlr * sum(s * q for s, q in zip(S, previous))
+        p = [x - beta * s for x, s in zip(p, S)]
+        previous = S
+        alpha -= alpha_hyperlr * A
+        seen.append((*p, alpha, beta))
+    return seen
+
+
+@pytest.mark.parametrize("steps", (1, 3))
+def test_algorithm_2_by_hand(steps: int):
+    expected = by_hand(0.05, 0.02, 1e-3, 1e-4, 10, steps)
+    for mine, theirs in zip(trajectory(paper(steps=steps), 10), expected):
+        assert mine == pytest.approx(theirs, rel=1e-12)
+    assert abs(expected[-1][2] / 0.05 - 1) > 0.05 and abs(expected[-1][3] / 0.02 - 1) > 0.05, "the rates hardly moved"
+
+
+def test_mean_over_tasks_with_converted_rates_is_the_same_trajectory():
+    tasks = 3
+    means = paper("mean", alpha_hyperlr=tasks * 1e-3, beta=tasks * 0.02, beta_hyperlr=tasks**3 * 1e-4)
+    for a, b in zip(trajectory(paper(), 10), trajectory(means, 10)):
+        assert a[:3] == pytest.approx(b[:3], rel=1e-12)
+        assert a[3] * tasks == pytest.approx(b[3], rel=1e-12)
+
+
+def adaptive(reduction: str = "mean", beta: float = 1e-3, optimizer: str = "sgd") -> Config:
+    return Config(task=Task(batch=3, reduction=reduction), outer=Outer(optimizer=optimizer),
+                  rates=Rates(rule="adaptive", alpha=1e-2, beta=beta))
+
+
+@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
+def test_adaptive_moves_rates_the_same_way_for_a_scaled_loss(optimizer: str):
+    """A loss 1000 times as large with rates a thousandth: the same theta, and every rate a thousandth all along. (Adam's
+    direction has no scale, so there beta stays as it is.)"""
+    plain = adaptive(optimizer=optimizer)
+    by = 1000 if optimizer == "sgd" else 1
+    bounds = {"minimum": 1e-12, "maximum": 1e6}
+    small = replace(plain, rates=replace(plain.rates, **bounds))
+    scaled = replace(plain, rates=replace(plain.rates, alpha=1e-2 / 1000, beta=1e-3 / by, **bounds))
+    for a, b in zip(trajectory(small, 40), trajectory(scaled, 40, scale=1000.0)):
+        assert a[:2] == pytest.approx(b[:2], rel=1e-6 if optimizer == "adam" else 1e-9)
+        assert a[2] == pytest.approx(1000 * b[2], rel=1e-9)
+        assert a[3] == pytest.approx(by * b[3], rel=1e-6)
+
+
+def test_adaptive_does_not_care_for_sum_or_mean():
+    """The same theta and alpha; a sum's beta is a third of a mean's over three tasks."""
+    for a, b in zip(trajectory(adaptive("mean", 3e-3), 40), trajectory(adaptive("sum", 1e-3), 40)):
+        assert a[:3] == pytest.approx(b[:3], rel=1e-10)
+        assert a[3] == pytest.approx(3 * b[3], rel=1e-10)
+
+
+def test_fixed_rates_stay():
+    config = replace(paper(), rates=replace(paper().rates, rule="fixed"))
+    assert {row[2:] for row in trajectory(config, 5)} == {(0.05, 0.02)}
+
+
+def signals(alpha: float, product: float) -> rates.Signals:
+    """Cosines, given as if all norms were 1."""
+    return rates.Signals(*torch.tensor([-alpha, 1.0, product, 1.0], dtype=torch.float64).unbind())
+
+
+def follow(settings: Rates, alphas: list[float], products: list[float], usable: bool = True) -> rates.Rates:
+    state = rates.initial(settings, torch.device("cpu"))
+    for a, b in zip(alphas, products):
+        state = rates.update(settings, state, signals(a, b), torch.tensor(usable))
+    return state
+
+
+def test_steady_signals_cross_decades_and_stop_at_the_bounds():
+    settings = Rates(alpha=1e-5, beta=1e-5, kappa=0.2)
+    state = follow(settings, [0.5] * 40, [0.5] * 40)
+    # In 40 iterations at kappa 0.2 a rate moves by at most exp(8); the floor beside the RMS takes a few per cent.
+    assert 0.8 * 8 < math.log(float(state.alpha) / 1e-5) <= 8
+    assert 0.8 * 8 < math.log(float(state.beta) / 1e-5) <= 8
+    state = follow(settings, [0.5] * 200, [-0.9] * 200)
+    assert (float(state.alpha), float(state.beta)) == (settings.maximum, settings.minimum)
+
+
+def test_the_gate_holds_alpha_on_noise_and_lets_a_signal_through():
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    settings = Rates(alpha=0.1, gate=3.0)
+    small = [0.02 * x + 0.002 for x in noise]
+    held = follow(settings, small, [0.0] * 400)
+    loose = follow(replace(settings, gate=0.0), small, [0.0] * 400)
+    assert abs(math.log(float(held.alpha) / 0.1)) < 0.5 * abs(math.log(float(loose.alpha) / 0.1))
+    assert float(follow(settings, [0.02 * x + 0.1 for x in noise], [0.0] * 400).alpha) == settings.maximum
+
+
+def test_beta_endures_opposition_up_to_the_tolerance():
+    settings = Rates(beta=1e-3, tolerance=0.3)
+    assert float(follow(settings, [0.0] * 50, [-0.2] * 50).beta) > 1e-3
+    assert float(follow(settings, [0.0] * 50, [-0.4] * 50).beta) < 1e-3
+
+
+def test_an_unusable_iteration_cuts_alpha_and_changes_nothing_else():
+    settings = Rates(alpha=8.0)
+    state = follow(settings, [float("nan")] * 3, [float("inf")] * 3, usable=False)
+    assert state == rates.initial(settings, torch.device("cpu"))._replace(alpha=torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", ("adaptive", "paper", "fixed"))
+def test_an_exploding_inner_loop_leaves_theta_finite(rule: str):
+    """alpha = 1e200 overflows within one inner step of three; theta must stay, and rule adaptive must recover."""
+    settings = Rates(rule=rule, alpha=1e200, maximum=1e300)
+    config = Config(task=Task(batch=3), rates=settings)
+    config = replace(config, inner=replace(config.inner, steps=3))
+    rows = trajectory(config, 5)
+    assert all(row[:2] == (0.7, -0.4) for row in rows)
+    assert (rows[-1][2] < 1e200) == (rule == "adaptive")

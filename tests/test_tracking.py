@@ -1,0 +1,162 @@
+"""MLflow: everything that was recorded arrives in a real store, whatever the store does meanwhile."""
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import started
+from processes import ROOT, free_port, run, succeed
+
+from trainer import spool, tracking
+
+QUICK = ("train", "--task.batch", 4, "--evaluation.tasks", 8)
+
+
+class Server:
+    """A real MLflow server on this machine."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port, self.process = folder, free_port(), None
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Server:
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{self.folder}/store.db",
+                 "--artifacts-destination", str(self.folder / "artifacts")],
+                stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"})
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return self
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    server = Server(tmp_path).start()
+    yield server
+    server.kill()
+
+
+def rows(database: Path, query: str) -> list[tuple]:
+    connection = sqlite3.connect(database)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+def stored(database: Path) -> set[tuple]:
+    """Every point with a step that the store holds, straight from its table."""
+    return {(k, s, t, v) for k, s, t, v in rows(database, "select key, step, timestamp, value from metrics")
+            if not k.startswith("final/")}
+
+
+def recorded(folder: Path) -> set[tuple]:
+    return {(name, line["step"], line["timestamp"], value) for line in spool.read_metrics(folder)
+            for name, value in line.items() if name not in ("step", "timestamp")}
+
+
+def status(database: Path) -> list[str]:
+    return [row[0] for row in rows(database, "select status from runs")]
+
+
+def test_after_a_run_every_point_is_in_the_store(tmp_path: Path):
+    folder = tmp_path / "run"
+    result = succeed(*QUICK, "--run_dir", folder, "--iterations", 120, "--evaluation.every", 50, ranks=2)
+    database = tmp_path / "mlflow.db"
+    assert stored(database) == recorded(folder) and len(recorded(folder)) > 120 * 9
+    assert status(database) == ["FINISHED"]
+    params = dict(rows(database, "select key, value from params"))
+    assert params["rates.alpha"] == "0.01" and params["task.batch"] == "4"
+    assert f"mlflow ui --backend-store-uri sqlite:///{database}" in result.stdout
+    assert "runs?workflowType=machine_learning&compareRunsMode=CHART" in result.stdout
+    artifacts = {p.name for p in (tmp_path / "mlartifacts").rglob("*") if p.is_file()}
+    assert {"config.yaml", "summary.json", "curves.png", "curves.svg", "manifest.json"} <= artifacts
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path):
+    folder = tmp_path / "run"
+    for iterations in (10, 20):
+        succeed(*QUICK, "--run_dir", folder, "--iterations", iterations)
+    assert stored(tmp_path / "mlflow.db") == recorded(folder) and status(tmp_path / "mlflow.db") == ["FINISHED"]
+
+
+def test_a_server_killed_mid_run_costs_nothing_and_sync_completes_the_store(tmp_path: Path, server: Server, background):
+    folder = tmp_path / "run"
+    process = background(*QUICK, "--run_dir", folder, "--iterations", 1500, "--tracking.uri", server.uri,
+                         "--tracking.timeout", 2)
+    started(process, folder, 200)
+    while not tracking.read_state(folder).get("offset"):
+        time.sleep(0.1)
+    server.kill()
+    killed_at = len(spool.read_metrics(folder))
+    assert process.wait(200) == 0, "training does not depend on the store"
+    output = (tmp_path / "output.0").read_text()
+    assert "MLflow lacks" in output and f"alpha-maml sync --run_dir {folder}" in output
+    lines = spool.read_metrics(folder)
+    assert len(lines) == 1500 and killed_at < 1500
+    slowest = max(line["perf/step_ms"] for line in lines[killed_at:])
+    assert slowest < 5000, "an iteration waited for the store: a request's time limit is 10 s"
+    assert stored(tmp_path / "store.db") < recorded(folder)
+    assert run("sync", "--run_dir", folder, timeout=120).returncode == 1, "the store is still away"
+    server.start()
+    assert "are in MLflow" in succeed("sync", "--run_dir", folder).stdout
+    assert stored(tmp_path / "store.db") == recorded(folder) and status(tmp_path / "store.db") == ["FINISHED"]
+
+
+def test_a_store_that_is_away_at_the_start_gets_everything_once_it_is_there(tmp_path: Path, background):
+    server, folder = Server(tmp_path), tmp_path / "run"
+    process = background(*QUICK, "--run_dir", folder, "--iterations", 100_000, "--tracking.uri", server.uri)
+    started(process, folder, 100)
+    server.start()
+    try:
+        while not tracking.read_state(folder).get("offset"):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(120) == 143
+        assert stored(tmp_path / "store.db") == recorded(folder) and status(tmp_path / "store.db") == ["KILLED"]
+    finally:
+        server.kill()
+
+
+def test_a_trainer_killed_outright_still_gets_its_points_and_status(tmp_path: Path, background):
+    folder = tmp_path / "run"
+    process = background(*QUICK, "--run_dir", folder, "--iterations", 100_000)
+    started(process, folder, 150)
+    process.kill()
+    end = time.monotonic() + 120
+    while not tracking.read_state(folder).get("complete") and time.monotonic() < end:
+        time.sleep(0.2)
+    assert stored(tmp_path / "mlflow.db") == recorded(folder) and status(tmp_path / "mlflow.db") == ["KILLED"]
+
+
+def test_runs_that_start_at_once_share_a_fresh_store(tmp_path: Path, background):
+    processes = [background(*QUICK, "--run_dir", tmp_path / f"run{i}", "--seed", i, "--iterations", 30) for i in range(3)]
+    assert [p.wait(240) for p in processes] == [0, 0, 0]
+    assert stored(tmp_path / "mlflow.db") == set().union(*(recorded(tmp_path / f"run{i}") for i in range(3)))
+    assert status(tmp_path / "mlflow.db") == ["FINISHED"] * 3
+    assert len(rows(tmp_path / "mlflow.db", "select * from experiments where name = 'alpha-maml'")) == 1
+
+
+def test_only_tracking_imports_mlflow():
+    importing = [p for folder in ("trainer", "launch", "models", "data") for p in (ROOT / folder).glob("*.py")
+                 if "from mlflow" in p.read_text() or "import mlflow" in p.read_text()]
+    assert importing == [ROOT / "trainer/tracking.py"]

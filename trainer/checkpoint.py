@@ -1,0 +1,157 @@
+"""One checkpoint format for every engine and world size: a folder checkpoints/<iteration> of torch.distributed.checkpoint
+files and a manifest of their SHA-256.
+
+Written aside, synced, renamed: a folder under its final name is whole. The last good one is never touched by a save.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+class Saver:
+    """Writes checkpoints of one run in a thread, one at a time, so that an iteration waits for none of them. The tensors
+    handed over must not be written to again."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, iteration: int, state: dict[str, Tensor], about: dict) -> None:
+        """Begins to write; waits only where the last save is not over yet. Raises what that one met."""
+        self.wait()
+        self.thread = threading.Thread(target=self._run, args=(iteration, state, about))
+        self.thread.start()
+
+    def _run(self, *arguments: object) -> None:
+        try:
+            save(self.folder, *arguments, self.keep)
+        except BaseException as error:  # raised where somebody can see it
+            self.error = error
+
+    def wait(self) -> None:
+        """Returns once the last save is under its final name; raises what it met."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+def save(folder: Path, iteration: int, state: dict[str, Tensor], about: dict, keep: int) -> Path:
+    """Writes `state` (name -> tensor) and `about` (JSON) as `folder`/<iteration>, then prunes to the `keep` newest."""
+    import torch.distributed.checkpoint as dcp
+
+    final = folder / f"{iteration:08d}"
+    partial = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(state, checkpoint_id=partial, no_dist=True)
+    digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    tensors = {name: [str(t.dtype), *t.shape] for name, t in state.items()}
+    manifest = {"iteration": iteration, "files": digests, "tensors": tensors, **about}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in partial.iterdir():
+        _sync(path)
+    _sync(partial)
+    shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: a good one is resumed from, not written again
+    partial.rename(final)
+    _sync(folder)
+    for old in saved(folder)[:-keep]:
+        shutil.rmtree(old)
+    for aside in folder.glob(".*"):  # what a save that was killed left behind
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line for each damaged one that was passed over.
+
+    Raises InputError where there are checkpoints and all of them are damaged.
+    """
+    complaints = []
+    for path in reversed(saved(folder)):
+        fault = _fault(path)
+        if fault is None:
+            return path, complaints
+        complaints.append(f"{path}: {fault}; using the one before it")
+    if complaints:
+        raise InputError(f"run_dir: every checkpoint under {folder} is damaged ({complaints[0].split(': ', 1)[1].split(';')[0]}"
+                         "); restore one, or remove the folder to start again")
+    return None, complaints
+
+
+def facts(path: Path) -> dict:
+    return json.loads((path / MANIFEST).read_text())
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a whole checkpoint, by name, on the CPU. torch.distributed.checkpoint unpickles its
+    own `.metadata`: read only what you trust."""
+    import torch.distributed.checkpoint as dcp
+
+    state = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+             for name, (dtype, *shape) in facts(path)["tensors"].items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def load(path: Path, state: dict[str, Tensor]) -> None:
+    """Fills `state`'s tensors in place, on whatever device they are. Raises InputError where names or shapes differ."""
+    held = read(path)
+    for name in sorted(held.keys() | state.keys()):
+        has, needs = (tuple(t[name].shape) if name in t else None for t in (held, state))
+        if has != needs:
+            raise InputError(f"run_dir: {path} holds {name} with shape {has}, the configuration needs {needs}; use the "
+                             "configuration it was trained with")
+        state[name].copy_(held[name])
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        for name, digest in facts(path)["files"].items():
+            if _digest(path / name) != digest:
+                return f"{name} is damaged (its SHA-256 differs from the manifest's)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{MANIFEST} is damaged ({type(error).__name__})"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(file.read()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+

@@ -1,0 +1,48 @@
+"""Where ranks meet: the shard of the task batch, sums, and rank 0's word."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the ranks; made by the launcher. Size 1 needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    def shard(self, count: int) -> Tensor:
+        """This rank's indices out of `count`: int64, contiguous; sizes differ by at most one and none is dropped."""
+        return torch.arange(count, device=self.device).tensor_split(self.size)[self.rank]
+
+
+def broadcast(tensors: tuple[Tensor, ...], world: World) -> tuple[Tensor, ...]:
+    """Rank 0's scalars (any float type, made float64) on every rank, in one message."""
+    packed = torch.stack([t.double() for t in tensors])
+    if world.size > 1:
+        dist.broadcast(packed, 0)
+    return packed.unbind()
+
+
+def broadcast_state(tensors: dict[str, Tensor], number: int, world: World) -> int:
+    """Rank 0's tensors into every rank's, in place, and rank 0's number."""
+    if world.size == 1:
+        return number
+    for tensor in tensors.values():
+        dist.broadcast(tensor, 0)
+    packed = torch.tensor(number, device=world.device)
+    dist.broadcast(packed, 0)
+    return int(packed)
+
+
+def sum_in_place(tensor: Tensor, world: World) -> Tensor:
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+

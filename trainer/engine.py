@@ -1,0 +1,82 @@
+"""What holds theta and takes its step. Here: plain tensors, replicated on every rank. zero.py shards them."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer import outer
+from trainer.collective import World, sum_in_place
+from trainer.config import Config
+from trainer.maml import MetaGradient, Params, dot
+from trainer.rates import Total
+
+# From an iteration's total to (beta of this step, whether theta may move): decided once, between reduction and step.
+Decide = Callable[[Total], tuple[Tensor, Tensor]]
+
+
+class Engine(Protocol):
+    def theta(self) -> Params:
+        """theta in full, for this iteration's adaptation: detached, valid until the next step."""
+
+    def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
+        """Sums the shards' meta-gradients over all ranks, asks `decide`, and moves theta."""
+
+    def state(self) -> dict[str, Tensor]:
+        """theta.NAME, outer.previous.NAME, outer.mean.NAME, outer.square.NAME, outer.count: in full, on rank 0 at least.
+        Every rank must call. The tensors are never written to again."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """The inverse; `state` is the same on every rank."""
+
+
+def pack_scalars(local: MetaGradient, stop: bool, dtype: torch.dtype) -> Tensor:
+    return torch.stack([*(x.to(dtype) for x in local[1:]), torch.full_like(local.loss, float(stop), dtype=dtype)])
+
+
+def unpack_scalars(scalars: Tensor) -> tuple[MetaGradient, Tensor]:
+    *values, stopping = scalars.double().unbind()
+    return MetaGradient({}, *values), stopping
+
+
+class TorchEngine:
+    """Every rank holds theta and takes the same step. One persistent flat buffer carries the whole iteration, theta's
+    gradient and every scalar: small messages cost latency, so there is one."""
+
+    def __init__(self, theta: Params, config: Config, world: World):
+        self.params, self.config, self.world = theta, config, world
+        self.outer = outer.initial(theta, config.outer.optimizer)
+        self.sizes = [p.numel() for p in theta.values()]
+        like = next(iter(theta.values()))
+        self.buffer = like.new_zeros(sum(self.sizes) + len(MetaGradient._fields[1:]) + 1)
+
+    def theta(self) -> Params:
+        return self.params
+
+    def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
+        flat = [local.gradient[name].flatten() for name in self.params]
+        torch.cat([*flat, pack_scalars(local, stop, self.buffer.dtype)], out=self.buffer)
+        sum_in_place(self.buffer, self.world)
+        *parts, scalars = self.buffer.split([*self.sizes, len(self.buffer) - sum(self.sizes)])
+        scale = 1 / self.config.task.batch if self.config.task.reduction == "mean" else 1
+        gradient = {name: scale * part.view_as(p) for (name, p), part in zip(self.params.items(), parts)}  # S_t
+        sums, stopping = unpack_scalars(scalars)
+        previous = self.outer.previous
+        beta, usable = decide(
+            Total(sums, dot(gradient, gradient), dot(gradient, previous), dot(previous, previous), stopping))
+        self.params, self.outer = outer.step(self.params, gradient, beta, self.outer, self.config, usable)
+
+    def state(self) -> dict[str, Tensor]:
+        state = {f"theta.{name}": p for name, p in self.params.items()}
+        for part in ("previous", "mean", "square"):
+            state |= {f"outer.{part}.{name}": t for name, t in getattr(self.outer, part).items()}
+        return state | {"outer.count": self.outer.count}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        def under(prefix: str) -> Params:
+            return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+        self.params = under("theta.")
+        self.outer = outer.Outer(under("outer.previous."), under("outer.mean."), under("outer.square."), state["outer.count"])

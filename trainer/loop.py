@@ -1,0 +1,232 @@
+"""The training step, and the loop around it."""
+from __future__ import annotations
+
+import copy
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pooch
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+import data
+import models
+from data.errors import InputError
+from data.tasks import TaskSource
+from trainer import checkpoint, rates, spool
+from trainer.collective import World, broadcast, broadcast_state
+from trainer.config import Config, build, run_dir, to_yaml, trajectory
+from trainer.engine import Engine, TorchEngine
+from trainer.evaluate import evaluate
+from trainer.maml import Apply, Params, meta_gradient
+
+METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
+           "hypergradients/beta", "guards/skipped")
+HOPELESS = 50  # skipped iterations in a row after which a run has diverged: more than halving alpha from 10 to 1e-6 takes
+
+
+class Diverged(Exception):
+    """No iteration gives a finite loss any more; the message says where and what to try."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What stays the same over a run."""
+
+    config: Config
+    world: World
+    source: TaskSource
+    apply: Apply
+    indices: Tensor  # this rank's shard of the task batch
+    dtype: torch.dtype
+
+
+class State(NamedTuple):
+    """What an iteration changes. The engine changes in place."""
+
+    engine: Engine
+    rates: rates.Rates
+    iteration: int
+
+
+def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tensor]:
+    """One meta-iteration of Algorithm 2: the new state, and the values of METRICS with the count of ranks asked to stop.
+
+    Every gradient is taken at theta_{t-1}, on the same tasks.
+    """
+    config, world, batch = problem.config, problem.world, problem.config.task.batch
+    tasks = problem.source.batch("train", state.iteration, problem.indices)
+    alpha = state.rates.alpha.to(problem.dtype)
+    local = meta_gradient(problem.apply, problem.source.loss, state.engine.theta(), alpha, tasks,
+                          config.inner.steps, config.inner.order, config.task.chunk)  # 1: adapt with alpha_t
+    decided = []
+
+    def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
+        """2: beta_t, before theta moves; 4: alpha_{t+1}. Rank 0 decides, every rank obeys."""
+        signals, usable = rates.signals(config.rates.rule, total, batch if config.task.reduction == "mean" else 1)
+        new = rates.update(config.rates, state.rates, signals, usable) if world.rank == 0 else state.rates
+        *new, usable = broadcast((*new, usable), world)
+        decided.extend((total, signals, rates.Rates(*new), usable > 0))
+        return decided[2].beta, decided[3]
+
+    state.engine.step(local, stop, decide)  # the sums over all ranks, the decision, 3: theta_t
+    total, signals, new, usable = decided
+    values = torch.stack([x.double() for x in (
+        total.sums.loss / batch, total.sums.support_loss / batch, total.sums.accuracy / batch, state.rates.alpha, new.beta,
+        signals.alpha_gradient, -signals.product, ~usable, total.stopping)])
+    return State(state.engine, new, state.iteration + 1), values
+
+
+def set_up(config: Config, world: World) -> tuple[Problem, State]:
+    """Everything the first iteration needs; raises InputError for what the configuration gets wrong."""
+    task, dtype = config.task, getattr(torch, config.precision)
+    if world.size > task.batch:
+        raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
+                         f"most {task.batch} processes")
+    source = data.build(config.data.name, config.data.root, Path(pooch.os_cache("alpha-maml")), task.ways, task.shots,
+                        task.queries, config.seed, dtype, world.device)
+    model = models.build(config.model.name, source.input_shape, source.outputs, config.seed, config.model.channels,
+                         config.model.args).to(world.device, dtype)
+    skeleton = copy.deepcopy(model).to("meta")  # theta lives in the engine
+
+    def apply(params: Params, x: Tensor) -> Tensor:
+        return functional_call(skeleton, params, (x,))
+
+    if config.engine.name == "deepspeed":
+        from trainer.zero import ZeroEngine
+
+        engine = ZeroEngine(model, config, world)
+    else:
+        engine = TorchEngine({name: p.detach().clone() for name, p in model.named_parameters()}, config, world)
+    problem = Problem(config, world, source, apply, world.shard(task.batch), dtype)
+    return problem, State(engine, rates.initial(config.rates, world.device), 0)
+
+
+def resume(state: State, folder: Path, world: World) -> State:
+    """The newest whole checkpoint's state, or `state` where there is none; rank 0 reads, and every rank ends with its
+    bits. Raises InputError where the checkpoints do not fit."""
+    tensors, iteration = snapshot(state), 0
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    if world.rank == 0:
+        path, complaints = checkpoint.newest(folder / "checkpoints")
+        for line in complaints:
+            print(f"alpha-maml: {line}", file=sys.stderr, flush=True)
+        if path is not None:
+            checkpoint.load(path, tensors)
+            iteration = checkpoint.facts(path)["iteration"]
+    iteration = broadcast_state(tensors, iteration, world)
+    values = [tensors.pop(f"rates.{name}") for name in rates.Rates._fields]
+    state.engine.load(tensors)
+    return State(state.engine, rates.Rates(*values), iteration)
+
+
+def snapshot(state: State) -> dict[str, Tensor]:
+    """The whole training state by name, as checkpoints hold it, whatever the engine. Every rank must call."""
+    return state.engine.state() | {f"rates.{name}": t for name, t in state.rates._asdict().items()}
+
+
+def check_ownership(folder: Path, config: Config) -> None:
+    """Raises InputError where the folder belongs to a run of another configuration."""
+    if not (folder / "config.yaml").is_file():
+        return
+    theirs = trajectory(build(folder / "config.yaml", {}))
+    for name, value in trajectory(config).items():
+        if theirs[name] != value:
+            raise InputError(f"run_dir: {folder} belongs to a run with {name} = {theirs[name]}, not {value}; choose another "
+                             "run_dir, or remove that one")
+
+
+def train(config: Config, world: World, stop_requested: Callable[[], bool], started: Callable[[Path, bool], None],
+          watch: Callable[[int, dict], None]) -> str:
+    """Trains up to config.iterations, going on from what the run's folder holds. Returns FINISHED, or KILLED where a stop
+    was requested: then the iteration was completed and saved.
+
+    `started(folder, finished before)` and, on flushed iterations, `watch(iteration, metrics)` are called on rank 0.
+    Raises InputError, and Diverged.
+    """
+    begun, folder, status = time.time(), run_dir(config), "FAILED"
+    with spool.lock(folder) if world.rank == 0 else nullcontext():
+        if world.rank == 0:
+            check_ownership(folder, config)
+        problem, state = set_up(config, world)
+        state = resume(state, folder, world)
+        finished = state.iteration >= config.iterations
+        if world.rank == 0:
+            if not finished:
+                (folder / "config.yaml").write_text(to_yaml(config))
+                spool.write_json(folder / "status.json", {
+                    "status": "RUNNING", "world_size": world.size, "host": platform.node(), "resumed_at": state.iteration,
+                    "data": problem.source.identity()})
+            started(folder, finished)
+        if finished:
+            return "FINISHED"
+        saver = checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep)
+        try:
+            status = _iterate(problem, state, folder, saver, stop_requested, watch)
+        finally:
+            saver.wait()
+            if world.rank == 0:
+                facts = {"world_size": world.size, "device": _device_name(world.device), "engine": config.engine.name,
+                         "rule": config.rates.rule, "seconds": time.time() - begun, "status": status,
+                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+                summary = spool.summarise(spool.read_metrics(folder), config.loss_threshold)
+                spool.write_json(folder / "summary.json", summary | facts)
+                spool.write_json(folder / "status.json", {"status": status})
+    return status
+
+
+def _iterate(problem: Problem, state: State, folder: Path, saver: checkpoint.Saver, stop_requested: Callable[[], bool],
+             watch: Callable[[int, dict], None]) -> str:
+    config, world, skipped = problem.config, problem.world, 0
+    recorder = spool.Recorder(folder if world.rank == 0 else None, METRICS, config.task.batch)
+    every = 1 if world.device.type == "cpu" else 10  # reading values back makes a GPU wait
+    while state.iteration < config.iterations:
+        state, values = train_step(problem, state, stop_requested())
+        last = state.iteration == config.iterations
+        recorder.add(state.iteration, values)
+        if last or _due(config.evaluation.every, state.iteration):
+            with recorder.aside():
+                recorder.extend(validate(problem, state))
+        if not (last or _due(every, state.iteration)):
+            continue
+        rows = recorder.flush()
+        skipped = next((i for i, row in enumerate(reversed(rows)) if not row[-2]), skipped + len(rows))
+        if skipped >= HOPELESS:
+            raise Diverged(f"training diverged: no usable loss in {skipped} iterations up to {state.iteration}, at alpha "
+                           f"{rows[-1][3]:.3g} and beta {rows[-1][4]:.3g}; lower rates.alpha and rates.beta, or use "
+                           "rates.rule adaptive; the last checkpoint is from before")
+        if world.rank == 0:
+            watch(state.iteration, recorder.latest)
+        stopping = any(row[-1] for row in rows)  # the same on all ranks, since it came through the all-reduce
+        if last or stopping or _due(config.checkpoint.every, state.iteration):
+            with recorder.aside():
+                tensors = snapshot(state)
+                if world.rank == 0:
+                    saver.save(state.iteration, tensors, {"world_size": world.size, "trajectory": trajectory(config)})
+        if stopping and not last:
+            return "KILLED"
+    return "FINISHED"
+
+
+def _due(every: int, iteration: int) -> bool:
+    return every > 0 and iteration % every == 0
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def validate(problem: Problem, state: State) -> dict[str, float]:
+    """Metrics of the validation split with the current theta and alpha."""
+    config = problem.config
+    alpha = state.rates.alpha.to(problem.dtype)
+    result = evaluate(problem.apply, problem.source, state.engine.theta(), alpha, "val", config.evaluation.tasks,
+                      config.inner.steps, problem.world)
+    return {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}

@@ -1,0 +1,117 @@
+"""The rules for alpha and beta. Pure: scalars in, scalars out, nothing waits for the host.
+
+    fixed     plain MAML: the rates stay.
+    paper     Algorithm 2 of Behl, Baydin, Torr 2019 to the letter, unclamped:
+              beta_t = beta_{t-1} + beta_hyperlr <S_t, S_{t-1}>, alpha_{t+1} = alpha_t - alpha_hyperlr sum_b A_b.
+    adaptive  the same two hypergradients as cosines, so that neither the loss's scale nor sum or mean matters, moving the
+              logarithms of the rates, so that they stay positive and cross decades.
+
+Equations 4, 6 and 7 of the paper print the factor of each product twice; equations 3 and 5 are meant.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer import config
+from trainer.maml import MetaGradient
+
+MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
+FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size moves a rate slowly
+WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
+CUT = 2.0  # and alpha divided by this
+
+
+class Rates(NamedTuple):
+    """alpha for the next adaptation, beta as last applied, and the adaptive rule's moments: float64 scalars."""
+
+    alpha: Tensor
+    beta: Tensor
+    alpha_mean: Tensor
+    alpha_square: Tensor
+    beta_mean: Tensor
+    beta_square: Tensor
+    count: Tensor  # signals averaged so far
+
+
+class Total(NamedTuple):
+    """What all ranks know of an iteration's meta-gradient S_t, in the convention of task.reduction; float64 scalars."""
+
+    sums: MetaGradient  # of loss, accuracy, hypergradient, ...: sums over the global batch; `gradient` is left out ({})
+    squared_norm: Tensor  # |S_t|^2
+    product: Tensor  # <S_t, direction applied last>
+    previous_squared: Tensor  # |direction applied last|^2
+    stopping: Tensor  # how many ranks were asked to stop
+
+
+class Signals(NamedTuple):
+    """What an iteration says about the rates; sums or means over tasks, as task.reduction says. Scalars."""
+
+    alpha_gradient: Tensor  # sum of A_b
+    alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|
+    product: Tensor  # <S_t, direction applied last>
+    norms: Tensor  # |S_t| |direction applied last|
+
+
+def initial(settings: config.Rates, device: torch.device) -> Rates:
+    values = (settings.alpha, settings.beta, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return Rates(*torch.tensor(values, dtype=torch.float64, device=device).unbind())
+
+
+def signals(rule: str, total: Total, count: int) -> tuple[Signals, Tensor]:
+    """An iteration's signals, its sums divided by `count`, and whether it is usable (bool): its numbers are finite and,
+    under rule adaptive, adapting did not make the loss WORSE than not adapting."""
+    usable = torch.isfinite(total.sums.loss) & torch.isfinite(total.squared_norm)
+    if rule == "adaptive":
+        usable &= total.sums.loss <= WORSE * total.sums.support_loss
+    norms = (total.squared_norm * total.previous_squared).sqrt()
+    return Signals(total.sums.alpha_gradient / count, total.sums.alignment_norm / count, total.product, norms), usable
+
+
+def update(settings: config.Rates, rates: Rates, signals: Signals, usable: Tensor) -> Rates:
+    """beta for this iteration's step of theta and alpha for the next iteration's adaptation.
+
+    An iteration that is not usable moves no rate; under rule adaptive it divides alpha by CUT.
+    """
+    if settings.rule == "fixed":
+        return rates
+    if settings.rule == "paper":
+        moved = rates._replace(
+            beta=rates.beta + settings.beta_hyperlr * signals.product,
+            alpha=rates.alpha - settings.alpha_hyperlr * signals.alpha_gradient,
+        )
+        otherwise = rates
+    else:
+        moved = _adaptive(settings, rates, signals)
+        otherwise = rates._replace(alpha=(rates.alpha / CUT).clamp(min=settings.minimum))
+    return Rates(*(torch.where(usable, a, b) for a, b in zip(moved, otherwise)))
+
+
+def _adaptive(settings: config.Rates, rates: Rates, signals: Signals) -> Rates:
+    tiny = torch.finfo(torch.float64).tiny
+    count = rates.count + 1
+    alpha_signal = -signals.alpha_gradient / signals.alignment_norm.clamp(min=tiny)
+    # Successive meta-gradients oppose each other slightly at every useful beta, because each sees the last one's noise
+    # (short-horizon bias); only opposition beyond `tolerance` says that theta overshoots.
+    beta_signal = signals.product / signals.norms.clamp(min=tiny) + settings.tolerance
+
+    alpha_mean, alpha_square, alpha_step, alpha_deviation = _moments(
+        rates.alpha_mean, rates.alpha_square, alpha_signal, count)
+    beta_mean, beta_square, beta_step, _ = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
+    # A mean over decay 0.9 averages 19 signals' worth; move alpha only where it stands out of its standard error.
+    effective = ((1 + MEAN_DECAY) / (1 - MEAN_DECAY)) ** 0.5
+    significant = (alpha_mean / (1 - MEAN_DECAY**count)).abs() * effective > settings.gate * alpha_deviation
+    alpha = rates.alpha * torch.exp(settings.kappa * torch.where(significant, alpha_step, 0.0))
+    beta = rates.beta * torch.exp(settings.kappa * beta_step)
+    bounds = (settings.minimum, settings.maximum)
+    return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)
+
+
+def _moments(mean: Tensor, square: Tensor, signal: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Running mean and square (Adam's, Kingma and Ba 2015), the bias-corrected ratio in about [-1, 1], the deviation."""
+    mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * signal
+    square = SQUARE_DECAY * square + (1 - SQUARE_DECAY) * signal**2
+    centre, power = mean / (1 - MEAN_DECAY**count), square / (1 - SQUARE_DECAY**count)
+    return mean, square, centre / (power.sqrt() + FLOOR), (power - centre**2).clamp(min=0).sqrt()

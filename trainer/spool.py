@@ -1,0 +1,139 @@
+"""The run's folder: metrics.jsonl, status.json, summary.json. Plain files, written by rank 0, free of MLflow.
+
+metrics.jsonl is the record and the queue at once: one line an iteration, which the sender (tracking.py) ships from where
+it left off.
+"""
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+
+METRICS = "metrics.jsonl"
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Held by rank 0 for as long as the run lives, so that a second job on the folder is turned away (InputError)."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"run_dir: {run_dir} is in use by a running job; wait for it, or choose another run_dir") from None
+        yield
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Atomically: a reader sees the old content or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """The file's content, or {} where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """Every whole line of metrics.jsonl; a torn last line, as a killed run leaves it, is not one."""
+    path = run_dir / METRICS
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+class Recorder:
+    """Collects the iterations' values on the device, and on a flush reads them back and appends them to metrics.jsonl."""
+
+    def __init__(self, run_dir: Path | None, names: tuple[str, ...], tasks: int):
+        """`run_dir` None records without writing, as ranks other than 0 do; `tasks` are in an iteration's batch."""
+        self.names, self.tasks, self.file, self.recorded = names, tasks, None, 0
+        if run_dir is not None:
+            lines = read_metrics(run_dir)
+            self.recorded = lines[-1]["step"] if lines else 0  # a resumed run repeats steps; their points stand already
+            self.file = (run_dir / METRICS).open("ab")
+            whole = (run_dir / METRICS).read_bytes().rpartition(b"\n")
+            self.file.truncate(len(whole[0]) + len(whole[1]))
+        self.pending: list[tuple[int, int, Tensor, dict[str, float]]] = []
+        self.latest: dict[str, float] = {}
+        self.clock = time.perf_counter()
+
+    def add(self, step: int, values: Tensor) -> None:
+        """An iteration's values: a device vector that begins with the `names`."""
+        self.pending.append((step, int(time.time() * 1000), values, {}))
+
+    def extend(self, metrics: dict[str, float]) -> None:
+        """Rarer metrics of the iteration added last."""
+        self.pending[-1][3].update(metrics)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside does not count as the iterations' time."""
+        if self.pending:
+            self.pending[-1][2].tolist()  # a GPU's iterations end before
+        begun = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - begun
+
+    def flush(self) -> list[list[float]]:
+        """Writes what is pending; returns its values, one row an iteration."""
+        rows = torch.stack([values for _, _, values, _ in self.pending]).tolist()
+        now = time.perf_counter()
+        seconds, self.clock = (now - self.clock) / len(rows), now
+        pace = {"perf/step_ms": 1000 * seconds, "perf/tasks_per_s": self.tasks / seconds}
+        for (step, timestamp, _, extra), row in zip(self.pending, rows):
+            metrics = {**dict(zip(self.names, row)), **extra, **pace}
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # nan: does not apply
+            self.latest |= metrics
+            if self.file and step > self.recorded:
+                self.file.write(json.dumps({"step": step, "timestamp": timestamp, **metrics}).encode() + b"\n")
+        if self.file:
+            self.file.flush()
+        self.pending.clear()
+        return rows
+
+
+def mean_of(lines: list[dict], name: str) -> float | None:
+    values = [line[name] for line in lines if name in line]
+    return sum(values) / len(values) if values else None
+
+
+def iterations_to(lines: list[dict], threshold: float) -> int | None:
+    """The first iteration at which the mean training loss of the last 5 is under the threshold."""
+    losses = [line.get("loss/train", float("inf")) for line in lines]
+    return next((lines[i]["step"] for i in range(4, len(losses)) if sum(losses[i - 4 : i + 1]) / 5 < threshold), None)
+
+
+def summarise(lines: list[dict], threshold: float) -> dict:
+    """The part of summary.json that follows from the metrics; losses are means over 20 iterations."""
+    validated = next((line for line in reversed(lines) if "loss/val" in line), {})
+    return {
+        "iterations": lines[-1]["step"] if lines else 0,
+        "alpha_first": lines[0]["rates/alpha"] if lines else None,
+        "alpha_last": lines[-1]["rates/alpha"] if lines else None,
+        "beta_first": lines[0]["rates/beta"] if lines else None,
+        "beta_last": lines[-1]["rates/beta"] if lines else None,
+        "loss_first": mean_of(lines[:20], "loss/train"),
+        "loss_last": mean_of(lines[-20:], "loss/train"),
+        "val_loss": validated.get("loss/val"),
+        "val_accuracy": validated.get("accuracy/val"),
+        "val_accuracy_ci95": validated.get("accuracy_ci95/val"),
+        "iterations_to_threshold": iterations_to(lines, threshold),
+        "tasks_per_s": mean_of(lines[len(lines) // 10 :], "perf/tasks_per_s"),
+    }

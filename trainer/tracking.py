@@ -1,0 +1,261 @@
+"""MLflow, apart from training: a process of its own ships the run's folder to the store (the only import of mlflow).
+
+The folder is the queue (spool.py). The sender keeps how far it came in tracking.json, so that it can be killed, restarted,
+or run long afterwards (`alpha-maml sync`) without losing or doubling a point: a point sent again with the timestamp of its
+line is the same point. Training never waits for it, whatever the store does.
+"""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer import spool
+from trainer.config import Config, build, flat_values
+
+STATE = "tracking.json"  # run_id, experiment_id and offset: the byte of metrics.jsonl up to which all is in the store
+BATCH = 1000  # MLflow's limit of metrics a request
+POLL = 1.0  # seconds between looks at the folder
+LONGEST_WAIT = 10.0  # seconds between attempts while the store does not answer
+
+
+def store_uri(config: Config, run_dir: Path) -> str:
+    """The configured store, or mlflow.db beside the run's folder. The path is absolute: relative ones would follow the
+    working directory."""
+    return config.tracking.uri or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+
+
+class Sender:
+    """The process that ships a run's folder while it trains. Its end of a pipe closes when this process ends, however it
+    ends, so that even a run that was killed gets its last points and its status."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        with (run_dir / "tracking.log").open("ab") as log:
+            # A session of its own: Ctrl-C at the terminal is for the trainer, and the sender outlives it by one shipment.
+            self.process = subprocess.Popen([sys.executable, "-m", "trainer.tracking", str(run_dir)], stdin=subprocess.PIPE,
+                                            stdout=log, stderr=log, start_new_session=True)
+
+    def close(self, timeout: float) -> str | None:
+        """Lets it ship the rest for `timeout` seconds; a line that says what is unsent, or None when all is in the store."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        state = read_state(self.run_dir)
+        if state.get("complete"):
+            return None
+        unsent = sum(1 for _ in _lines(self.run_dir / spool.METRICS, state.get("offset", 0)))
+        return (f"MLflow lacks the last {unsent} iterations or the run's end (see {self.run_dir / 'tracking.log'}); ship them "
+                f"with: alpha-maml sync --run_dir {self.run_dir}")
+
+
+def read_state(run_dir: Path) -> dict:
+    try:
+        return json.loads((run_dir / STATE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def link(config: Config, run_dir: Path) -> tuple[str, str]:
+    """The command that shows the runs ("" where a server does already), and the address of their comparison."""
+    uri, page = store_uri(config, run_dir), read_state(run_dir).get("experiment_id", "0")
+    command = "" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return command, f"{base}/#/experiments/{page}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+
+
+def ship(run_dir: Path, ended: Callable[[], bool], patience: float) -> dict:
+    """Ships `run_dir` until `ended()` and everything is in the store; then at most `patience` seconds more, after which
+    it raises the store's last error. Returns the sender's state. Only one sender works on a folder at a time."""
+    config = build(run_dir / "config.yaml", {})
+    with (run_dir / ".tracking.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait, deadline = POLL, None
+        while True:
+            try:
+                shipment = Shipment(config, run_dir)
+                while not ended():
+                    shipment.points()
+                    time.sleep(POLL)
+                shipment.points()
+                return shipment.finish()
+            except Exception as error:  # whatever the store or the way to it does, the points stay in the folder
+                if ended():
+                    deadline = deadline or time.monotonic() + patience
+                    if time.monotonic() + wait > deadline:
+                        raise
+                print(f"{time.strftime('%F %T')} {type(error).__name__}: {str(error)[:300]}; again in {wait:g} s", flush=True)
+                pause = time.monotonic() + wait
+                while time.monotonic() < pause and not (deadline is None and ended()):
+                    time.sleep(0.1)
+                wait = min(2 * wait, LONGEST_WAIT)
+
+
+class Shipment:
+    """One connection to the store: the run, found again or created, and what of the folder it still lacks."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # `ship` retries, and says so
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        from mlflow import MlflowClient
+
+        self.config, self.run_dir, self.uri = config, run_dir, store_uri(config, run_dir)
+        self.state = {"offset": 0} | read_state(run_dir) | {"complete": False}
+        with _initialised(self.uri):
+            self.client = MlflowClient(tracking_uri=self.uri)
+            self.client.search_experiments(max_results=1)
+        if "run_id" not in self.state:
+            self._create()
+        self.client.update_run(self.state["run_id"], status="RUNNING")
+        for name, value in self._circumstances().items():
+            self.client.set_tag(self.state["run_id"], name, value)
+
+    def _create(self) -> None:
+        from mlflow.entities import Param
+
+        config = self.config
+        experiment = self.client.get_experiment_by_name(config.tracking.experiment)
+        if experiment is None:
+            # A database's default place for artifacts follows the working directory; a server has its own.
+            local = self.uri.startswith("sqlite:")
+            place = (self.run_dir.resolve().parent / "mlartifacts").as_uri() if local else None
+            try:
+                self.state["experiment_id"] = self.client.create_experiment(config.tracking.experiment, place)
+            except Exception:  # another run was first
+                experiment = self.client.get_experiment_by_name(config.tracking.experiment)
+                if experiment is None:
+                    raise
+        if experiment is not None:
+            self.state["experiment_id"] = experiment.experiment_id
+        rates = config.rates
+        name = f"{rates.rule} a0={rates.alpha:g} b0={rates.beta:g} s{config.seed}"
+        tags = {"mlflow.source.name": "alpha-maml", "run_dir": str(self.run_dir.resolve())} | _commit()
+        self.state["run_id"] = self.client.create_run(self.state["experiment_id"], run_name=name, tags=tags).info.run_id
+        self._remember()
+        params = {name: str(value)[:500] for name, value in flat_values(config).items() if not name.startswith("tracking.")}
+        self.client.log_batch(self.state["run_id"], params=[Param(k, v) for k, v in params.items()])
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What may change when a run resumes: tags, since params cannot."""
+        facts = spool.read_json(self.run_dir / "status.json")
+        identity = facts.get("data", {})
+        found = {"world_size": facts.get("world_size"), "host": facts.get("host"), "data": identity.get("name"),
+                 "data.digest": identity.get("digest")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _remember(self) -> None:
+        spool.write_json(self.run_dir / STATE, self.state)
+
+    def points(self) -> None:
+        """Sends what metrics.jsonl holds beyond the offset, in whole lines."""
+        from mlflow.entities import Metric
+
+        batch: list[Metric] = []
+        for end, line in _lines(self.run_dir / spool.METRICS, self.state["offset"]):
+            step, timestamp = line.pop("step"), line.pop("timestamp")
+            batch += [Metric(name, value, timestamp, step) for name, value in line.items()]
+            reached = end
+            if len(batch) > BATCH - 50:
+                self._send(batch, reached)
+                batch = []
+        if batch:
+            self._send(batch, reached)
+
+    def _send(self, batch: list, reached: int) -> None:
+        self.client.log_batch(self.state["run_id"], metrics=batch)
+        self.state["offset"] = reached
+        self._remember()
+
+    def finish(self) -> dict:
+        """The files, the final figures without a step (they draw as bars, one a run), and the status."""
+        run_id, summary = self.state["run_id"], spool.read_json(self.run_dir / "summary.json")
+        for name in ("config.yaml", "summary.json"):
+            if (self.run_dir / name).is_file():
+                self.client.log_artifact(run_id, str(self.run_dir / name))
+        lines = spool.read_metrics(self.run_dir)
+        if lines:
+            from trainer.figures import draw_curves
+
+            for path in draw_curves([(f"{self.config.rates.rule} rule", lines)], self.run_dir / "curves"):
+                self.client.log_artifact(run_id, str(path), "figures")
+        kept = sorted((self.run_dir / "checkpoints").glob("[0-9]*"))
+        if kept:
+            self.client.log_artifacts(run_id, str(kept[-1]), f"checkpoint/{kept[-1].name}")
+        final = {"final/loss_val": summary.get("val_loss"), "final/accuracy_val": summary.get("val_accuracy"),
+                 "final/iterations_to_threshold": summary.get("iterations_to_threshold")}
+        for name, value in final.items():
+            if value is not None:
+                self.client.log_metric(run_id, name, value)
+        # A run that ended without a word was killed.
+        status = spool.read_json(self.run_dir / "status.json").get("status", "RUNNING")
+        self.client.set_terminated(run_id, "KILLED" if status == "RUNNING" else status)
+        self.state["complete"] = True
+        self._remember()
+        return self.state
+
+
+def _lines(path: Path, offset: int) -> Iterator[tuple[int, dict]]:
+    """(end of line, line) for every whole line of a JSON-lines file from a byte on."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield offset, json.loads(line)
+
+
+def _initialised(uri: str):
+    """Holds the lock under which an sqlite store is created: processes that race for it break it."""
+    from contextlib import nullcontext
+
+    from filelock import FileLock
+
+    if not uri.startswith("sqlite:///"):
+        return nullcontext()
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=60)
+    connection.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
+    connection.close()
+    return FileLock(f"{path}.lock")
+
+
+def _commit() -> dict[str, str]:
+    result = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {"mlflow.source.git.commit": result.stdout.strip()} if result.returncode == 0 else {}
+
+
+def sync(run_dir: Path, patience: float) -> dict:
+    """Ships what a run that has ended left unsent, trying for `patience` seconds; raises InputError where it is running."""
+    with spool.lock(run_dir):
+        return ship(run_dir, lambda: True, patience)
+
+
+def main() -> None:
+    """The sender's process: ends once standard input has closed and all is shipped."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler signals all processes of a job: the trainer's end is what counts
+    closed = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.buffer.read(), closed.set()), daemon=True).start()
+    ship(Path(sys.argv[1]), closed.is_set, patience=600)
+
+
+if __name__ == "__main__":
+    main()
