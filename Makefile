@@ -14,7 +14,7 @@ test: .venv/ready
 
 # What needs root, Debian's iproute2 and SLURM: 20 kills, nodes that leave and return, a cluster of two nodes.
 test-cluster: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/faults tests/test_slurm.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/test_slurm.py
 
 # 100 kills; test-cluster does 20. Needs root and iproute2, for nodes as network namespaces.
 faults: .venv/ready

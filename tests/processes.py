@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.checkpoint", "deepspeed", "trainer.loop",
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed", "trainer.loop",
                               "launch.cli", "launch.runtime"])
 
 

@@ -49,12 +49,19 @@ def until(condition: Callable[[], object], seconds: float, what: str) -> object:
     return value
 
 
+def free_subnet() -> str:
+    """The first three numbers of a /24 that no interface of this machine has: what an earlier, killed cluster left behind must
+    not answer for this one's nodes."""
+    taken = subprocess.run(["ip", "-o", "-4", "addr"], capture_output=True, text=True, check=True).stdout
+    return next(subnet for subnet in (f"10.213.{i}" for i in range(7, 256)) if f" {subnet}." not in taken)
+
+
 class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self.environment = {"SLURM_CONF": f"{folder}/etc/slurm.conf", "PYTHONPATH": str(ROOT / "tests")}
         try:
-            self._script("start", "--nodes", "2", "--gpus", "2", "--ctld-port", str(free_port()))
+            self._script("start", "--nodes", "2", "--gpus", "2", "--ctld-port", str(free_port()), "--subnet", free_subnet())
         except BaseException:
             self.stop()
             raise

@@ -97,10 +97,10 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_used(tmp_path: P
     arguments = (*QUICK, "--run_dir", folder, "--checkpoint.every", 4)
     succeed(*arguments, "--iterations", 8)
     whole = succeed(*QUICK, "--run_dir", tmp_path / "other", "--iterations", 12)
-    victim = folder / "checkpoints/00000008/__0_0.distcp"
+    victim = folder / "checkpoints/00000008/state.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     result = succeed(*arguments, "--iterations", 12)
-    assert "00000008: __0_0.distcp is damaged" in result.stderr and whole.returncode == 0
+    assert "00000008: state.safetensors is damaged" in result.stderr and whole.returncode == 0
     expected, found = newest_state(tmp_path / "other"), newest_state(folder)
     assert all(torch.equal(found[name], expected[name]) for name in expected), "not as if nothing had happened"
 

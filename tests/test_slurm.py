@@ -17,8 +17,6 @@ from launch import cli, slurm
 from trainer import checkpoint, spool
 from trainer import config as configuration
 
-pytestmark = pytest.mark.xdist_group("slurm")  # one cluster, in one worker
-
 ITERATIONS = 100
 RUN = ("--nodes", 2, "--model.name", "slurm_cluster:Paced", "--task.batch", 4, "--task.shots", 5, "--iterations", ITERATIONS,
        "--evaluation.tasks", 8, "--checkpoint.every", 10)

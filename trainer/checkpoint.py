@@ -1,7 +1,9 @@
-"""One checkpoint format for every engine and world size: a folder checkpoints/<iteration> of torch.distributed.checkpoint
-files and a manifest of their SHA-256.
+"""One checkpoint format for every engine and world size: a folder checkpoints/<iteration> of one safetensors file, which
+torch.distributed.checkpoint reads too (HuggingFaceStorageReader), and a manifest of its SHA-256.
 
-Written aside, synced, renamed: a folder under its final name is whole. The last good one is never touched by a save.
+Written aside, synced, renamed: a folder under its final name is whole. The last good one is never touched by a save. The
+format is safetensors because nothing in it is ever executed, and because its writer, unlike torch.distributed.checkpoint's,
+does not hold the interpreter lock: training goes on meanwhile (tests/benchmarks/save.py).
 """
 from __future__ import annotations
 
@@ -10,15 +12,15 @@ import json
 import os
 import shutil
 import threading
-import warnings
 from pathlib import Path
 
-import torch
+import safetensors
+import safetensors.torch
 from torch import Tensor
 
 from data.errors import InputError
 
-MANIFEST = "manifest.json"
+MANIFEST, TENSORS = "manifest.json", "state.safetensors"
 
 
 class Saver:
@@ -54,18 +56,12 @@ class Saver:
 
 def save(folder: Path, iteration: int, state: dict[str, Tensor], about: dict, keep: int) -> Path:
     """Writes `state` (name -> tensor) and `about` (JSON) as `folder`/<iteration>, then prunes to the `keep` newest."""
-    import torch.distributed.checkpoint as dcp
-
     final = folder / f"{iteration:08d}"
     partial = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(state, checkpoint_id=partial, no_dist=True)
-    digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-    tensors = {name: [str(t.dtype), *t.shape] for name, t in state.items()}
-    manifest = {"iteration": iteration, "files": digests, "tensors": tensors, **about}
+    safetensors.torch.save_file({name: t.contiguous() for name, t in state.items()}, partial / TENSORS)
+    manifest = {"iteration": iteration, "files": {TENSORS: _digest(partial / TENSORS)}, **about}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in partial.iterdir():
         _sync(path)
@@ -107,16 +103,8 @@ def facts(path: Path) -> dict:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a whole checkpoint, by name, on the CPU. torch.distributed.checkpoint unpickles its
-    own `.metadata`: read only what you trust."""
-    import torch.distributed.checkpoint as dcp
-
-    state = {name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-             for name, (dtype, *shape) in facts(path)["tensors"].items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-    return state
+    """Every tensor of a whole checkpoint, by name, on the CPU."""
+    return safetensors.torch.load_file(path / TENSORS)
 
 
 def load(path: Path, state: dict[str, Tensor]) -> None:

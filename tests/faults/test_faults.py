@@ -21,7 +21,6 @@ def namespaces():
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
-@pytest.mark.xdist_group("nodes")
 def test_whatever_is_killed_the_run_finishes_with_the_same_bits(tmp_path: Path, record_property):
     lines: list[str] = []
     identical = campaign(KILLS, 0, tmp_path, lines.append)
@@ -29,7 +28,6 @@ def test_whatever_is_killed_the_run_finishes_with_the_same_bits(tmp_path: Path, 
     assert len(lines) == KILLS + 1 and identical == [True, True]
 
 
-@pytest.mark.xdist_group("nodes")
 def test_a_node_leaves_and_returns(tmp_path: Path):
     """Elastic, one to two nodes: training goes on alone, then with both; the tasks are the same throughout."""
     folder, quiet = tmp_path / "run", tmp_path / "quiet"
