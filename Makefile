@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PROCESSES ?= 2
 
-.PHONY: train test test-cluster faults clean
+.PHONY: train test test-cluster faults bench clean
 
 train: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m launch train --config configs/quickstart.yaml
@@ -19,6 +19,18 @@ test-cluster: .venv/ready
 # 100 kills; test-cluster does 20. Needs root and iproute2, for nodes as network namespaces.
 faults: .venv/ready
 	$(BIN)/python tests/faults/harness.py --kills 100
+
+# Ours beside the field's libraries, on this machine: about 15 minutes in which nothing else should run.
+bench: .venv/bench
+	LEARN2LEARN=$(CURDIR)/.venv/learn2learn $(BIN)/python tests/benchmarks/bench.py
+	$(BIN)/python tests/benchmarks/iteration.py
+
+# learn2learn does not build on a current Python: its source distribution is unpacked and its MAML class used from there.
+.venv/bench: .venv/ready
+	$(BIN)/pip install -q --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pip download -q --no-deps --no-binary :all: --dest .venv/learn2learn learn2learn==0.2.0
+	tar -xzf .venv/learn2learn/learn2learn-0.2.0.tar.gz -C .venv/learn2learn --strip-components 1
+	touch $@
 
 # torch comes first and pinned: resolved together with the others, pip would take the newest build with all of CUDA.
 .venv/ready: constraints.txt pyproject.toml

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 SPLITS = ("train", "val", "test")
 
-# (outputs, targets) of one task -> (mean loss over its examples, accuracy or nan): both scalars.
+# (outputs, targets) of one task -> (mean loss over its examples, accuracy or nan): both scalars. With an axis of tasks in front
+# of outputs and targets, the same of each task.
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -47,14 +48,14 @@ class TaskSource(Protocol):
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and accuracy of logits [n, N] against labels [n]."""
-    accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean()
-    return F.cross_entropy(logits, labels), accuracy
+    """Cross-entropy and accuracy of logits [..., n, N] against labels [..., n]."""
+    accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
+    return -F.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0].mean(-1), accuracy
 
 
 def regression_loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error of outputs against targets, both [n, output]; accuracy does not apply (nan)."""
-    loss = F.mse_loss(outputs, targets)
+    """Mean squared error of outputs against targets, both [..., n, output]; accuracy does not apply (nan)."""
+    loss = (outputs - targets).square().mean((-1, -2))
     return loss, torch.full_like(loss.detach(), float("nan"))
 
 

@@ -91,6 +91,13 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         except loop.Diverged as error:
             print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
             status = "FAILED"
+        except RuntimeError as error:
+            if not loop.out_of_memory(error):
+                raise
+            print(f"alpha-maml: out of memory with inner.steps {config.inner.steps} and task.chunk {config.task.chunk}; set "
+                  "task.chunk to fewer tasks at once, or inner.recompute to true; the last checkpoint is from before",
+                  file=sys.stderr, flush=True)
+            status = "FAILED"
         finally:
             progress.finish()
     if status == "KILLED":

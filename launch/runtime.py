@@ -15,6 +15,7 @@ from data.errors import InputError
 from trainer.collective import World
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def environment(name: str, default: int) -> int:
@@ -23,6 +24,15 @@ def environment(name: str, default: int) -> int:
     if not text.isdigit():
         raise InputError(f"{name}: {text!r} must be a whole number; start with torchrun, which sets it, or unset it")
     return int(text)
+
+
+def keep_memory() -> None:
+    """Lets glibc keep what is freed. By itself it hands blocks above 32 MB back to the system on every free and gets them
+    again page by page, zeroed: a tenth to a third of an iteration on a CPU."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
@@ -37,6 +47,7 @@ def world(device: str, timeout: float) -> Iterator[World]:
         raise InputError("device: cuda was asked for and there is none; use device auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep_memory()
     place = torch.device("cpu")
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -158,6 +158,23 @@ def test_a_run_that_diverges_ends_with_1_and_says_what_to_try(tmp_path: Path):
     assert spool.read_json(folder / "summary.json")["status"] == "FAILED"
 
 
+class Hungry(torch.nn.Module):
+    """Wants a petabyte."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight + torch.empty(10**15).sum()
+
+
+def test_running_out_of_memory_names_the_settings_that_help(tmp_path: Path):
+    result = run(*QUICK, "--run_dir", tmp_path / "run", "--model.name", "test_cli:Hungry", PYTHONPATH=str(ROOT / "tests"))
+    (line,) = [text for text in result.stderr.splitlines() if text.startswith("alpha-maml")]
+    assert result.returncode == 1 and "out of memory" in line and "task.chunk" in line and "inner.recompute" in line
+
+
 def test_evaluate_prints_one_json_object(tmp_path: Path):
     succeed(*QUICK, "--run_dir", tmp_path / "run", "--iterations", 5)
     found = json.loads(succeed("evaluate", "--run_dir", tmp_path / "run", "--split", "val", "--evaluation.tasks", 8).stdout)

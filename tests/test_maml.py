@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from data.tasks import TaskBatch
+from models import convolution
 from trainer.maml import adapt, dot, meta_gradient, task_meta_gradient
 
 SHIPPED = ("mlp", "conv4", "conv4_pooled")
@@ -32,11 +33,13 @@ def relative(a: dict, b: dict) -> float:
     return float((dot(difference, difference) / dot(b, b)).sqrt())
 
 
+@pytest.mark.parametrize("way", ("one by one in vmap", "all at once"))
 @pytest.mark.parametrize("steps", (1, 2, 5))
 @pytest.mark.parametrize("name", SHIPPED)
-def test_agrees_with_central_differences(name: str, steps: int):
+def test_agrees_with_central_differences(name: str, steps: int, way: str):
     problem, h = Small(name), 1e-7  # small: a ReLU that switches between the two points would spoil the difference
-    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, steps)
+    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, steps,
+                          forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         v = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in problem.theta.items()}
@@ -50,11 +53,16 @@ def test_agrees_with_central_differences(name: str, steps: int):
     assert float(slope) == pytest.approx(float(total.alpha_gradient), rel=1e-6)
 
 
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("way", ("one by one in vmap", "all at once", "all at once, a convolution call for each task"))
 @pytest.mark.parametrize("order", ("second", "first"))
 @pytest.mark.parametrize("name", SHIPPED)
-def test_vmap_equals_a_loop_over_tasks(name: str, order: str):
+def test_equals_a_loop_over_tasks(name: str, order: str, way: str, recompute: bool, monkeypatch):
+    if way.endswith("each task"):
+        monkeypatch.setattr(convolution, "DIRECT", 0)
     problem = Small(name)
-    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, 2, order)
+    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, 2, order,
+                          recompute=recompute, forward_tasks=problem.model.forward_tasks if way.startswith("all") else None)
     each = [task_meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.task(b), 2, order)
             for b in range(3)]
     assert relative({n: sum(e.gradient[n] for e in each) for n in problem.theta}, total.gradient) < 1e-12
@@ -81,6 +89,18 @@ def test_equals_autograd_through_the_unrolled_inner_loop(name: str):
     assert relative(mine.gradient, dict(zip(theta, expected))) < 1e-12
     assert float(mine.alpha_gradient) == pytest.approx(float(expected_alpha), rel=1e-12)
     assert float(mine.loss) == pytest.approx(float(total.detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", (5, 17, 50))
+@pytest.mark.parametrize("way", ("one by one in vmap", "all at once"))
+def test_computing_inner_steps_anew_gives_the_same_numbers(way: str, steps: int):
+    problem = Small("conv4")
+    kept, anew = (meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha / 10, problem.tasks, steps,
+                                recompute=recompute,
+                                forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
+                  for recompute in (False, True))
+    assert relative(anew.gradient, kept.gradient) < 1e-10
+    assert float(anew.alpha_gradient) == pytest.approx(float(kept.alpha_gradient), rel=1e-10)
 
 
 def test_first_order_takes_inner_gradients_as_constants():

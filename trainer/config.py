@@ -54,13 +54,16 @@ class Task:
     queries: int = key(10, "query examples per class", AT_LEAST_ONE)
     batch: int = key(25, "tasks per iteration, over all ranks", AT_LEAST_ONE)
     reduction: Literal["mean", "sum"] = key("mean", "over tasks; a sum's beta is 1/batch of a mean's, see README")
-    chunk: int = key(0, "tasks differentiated at once on a rank, to bound memory; 0 is all", NOT_NEGATIVE)
+    chunk: int = key(0, "tasks differentiated at once on a rank, to bound memory; 0 is automatic", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
 class Inner:
     steps: int = key(1, "K, gradient steps on the support set", AT_LEAST_ONE)
     order: Literal["second", "first"] = key("second", "second is exact, first drops the Hessian")
+    recompute: bool | None = key(
+        None, "compute inner steps anew in the backward sweep instead of keeping their graphs: memory that hardly grows with "
+        "steps, twice the time; null is above 8 steps")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Diverged(Exception):
     """No iteration gives a finite loss any more; the message says where and what to try."""
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what torch says, of a GPU or of this machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @dataclass(frozen=True)
 class Problem:
     """What stays the same over a run."""
@@ -44,6 +49,7 @@ class Problem:
     world: World
     source: TaskSource
     apply: Apply
+    forward_tasks: Apply | None  # the same of many tasks, where the model can
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
 
@@ -65,7 +71,8 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     tasks = problem.source.batch("train", state.iteration, problem.indices)
     alpha = state.rates.alpha.to(problem.dtype)
     local = meta_gradient(problem.apply, problem.source.loss, state.engine.theta(), alpha, tasks,
-                          config.inner.steps, config.inner.order, config.task.chunk)  # 1: adapt with alpha_t
+                          config.inner.steps, config.inner.order, config.task.chunk, config.inner.recompute,
+                          problem.forward_tasks)  # 1: adapt with alpha_t
     decided = []
 
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
@@ -105,7 +112,7 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
         engine = ZeroEngine(model, config, world)
     else:
         engine = TorchEngine({name: p.detach().clone() for name, p in model.named_parameters()}, config, world)
-    problem = Problem(config, world, source, apply, world.shard(task.batch), dtype)
+    problem = Problem(config, world, source, apply, getattr(skeleton, "forward_tasks", None), world.shard(task.batch), dtype)
     return problem, State(engine, rates.initial(config.rates, world.device), 0)
 
 

@@ -1,0 +1,254 @@
+"""Convolution, and batch normalisation with ReLU, of many tasks at once, each task with parameters of its own; first and second
+derivatives by hand.
+
+Why not torch's own: a convolution whose weights differ from task to task becomes a grouped convolution, batch normalisation a
+dozen passes over memory, and their second derivatives several times that. A convolution is bilinear, so its value and all its
+derivatives are three products, of x with the weight, of dz with the weight, and of dz with x. Each is done, per task, in the
+faster of two ways (tests/benchmarks/RESULTS.md): many small tasks as one batched matrix product (im2col), large ones by
+torch's convolution, one call a task; one call for all tasks where they share the weight, as in the first inner step.
+
+Shapes: T tasks, n images, C channels in, O out, P = h' w' positions out, channels last throughout.
+    x [T, n, h, w, C]   weight [T, O, 3, 3, C]   z [T, n, h', w', O]   columns [T, n P, 9 C]   gain, shift [T, O]
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+EPS = 1e-5
+DIRECT = 5e6  # multiply-adds of a task from which one convolution call a task is faster than im2col on a CPU
+BLOCK = 2**18  # elements that a pass over memory takes at a time on a CPU: what stays in its cache for the next pass
+
+
+def positions(size: int, stride: int) -> int:
+    return (size - 1) // stride + 1
+
+
+def shared(weight: Tensor) -> bool:
+    """Whether all tasks have the same weight: theta itself, expanded."""
+    return weight.stride(0) == 0
+
+
+# The three products. `direct`: x itself and torch's convolution; else x's columns and batched matrix products.
+
+
+def columns_of(x: Tensor, stride: int) -> Tensor:
+    """im2col of 3 x 3 windows with a border of one zero, C innermost."""
+    windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)  # [T, n, h', w', C, 3, 3]
+    return windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(len(x), -1, 9 * x.shape[-1])
+
+
+def add_columns(columns: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """The transpose of `columns_of`: sums columns into x's shape."""
+    tasks, images, height, width, channels = shape
+    rows, cols = positions(height, stride), positions(width, stride)
+    windows = columns.view(tasks, images, rows, cols, 3, 3, channels)
+    padded = columns.new_zeros(tasks, images, height + 2, width + 2, channels)
+    for i in range(3):
+        for j in range(3):
+            padded[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride] += \
+                windows[:, :, :, :, i, j]
+    return padded[:, :, 1:-1, 1:-1]
+
+
+def _images_first(x: Tensor) -> Tensor:
+    """[n, h, w, C] as torch's convolution takes it, [n, C, h, w], without a copy: memory stays channels last."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _each_task(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces for one convolution call each: a task, or all tasks where they share the weight."""
+    if shared(weight):
+        yield *(t.flatten(0, 1) for t in tensors), weight[0]
+    else:
+        yield from zip(*tensors, weight)
+
+
+def _matmul(a: Tensor, b: Tensor, b_is_shared: bool) -> Tensor:
+    """a [T, m, k] times b [T, k, l]; one large product where all tasks share b."""
+    return (a.flatten(0, 1) @ b[0]).unflatten(0, a.shape[:2]) if b_is_shared else torch.bmm(a, b)
+
+
+def product(x: Tensor, weight: Tensor, z_shape: torch.Size, stride: int, direct: bool) -> Tensor:
+    """z."""
+    if not direct:
+        return _matmul(x, weight.flatten(2).mT, shared(weight)).view(z_shape)
+    z = weight.new_empty(z_shape)
+    for out, x_t, w in _each_task(weight, z, x):
+        out.copy_(F.conv2d(_images_first(x_t), _images_first(w), stride=stride, padding=1).permute(0, 2, 3, 1))
+    return z
+
+
+def product_on_x(dz: Tensor, weight: Tensor, like: Tensor, stride: int, direct: bool) -> Tensor:
+    """dx from dz; `like` has x's shape."""
+    if not direct:
+        return add_columns(_matmul(dz.flatten(1, -2), weight.flatten(2), shared(weight)), like.shape, stride)
+    dx = torch.empty_like(like, memory_format=torch.contiguous_format)
+    for out, dz_t, x_t, w in _each_task(weight, dx, dz, like):
+        out.copy_(_convolution_backward(dz_t, x_t, w, stride, (True, False, False))[0].permute(0, 2, 3, 1))
+    return dx
+
+
+def product_on_weight(dz: Tensor, x: Tensor, weight: Tensor, stride: int, direct: bool) -> Tensor:
+    """d weight from dz and x, of each task; `weight` gives its shape."""
+    if not direct:
+        dz = dz.flatten(1, -2)
+        few = x.shape[-1] < dz.shape[-1]  # the product wants the longer side last
+        return (torch.bmm(x.mT, dz).mT if few else torch.bmm(dz.mT, x)).reshape(weight.shape)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for out, dz_t, x_t, w in zip(dweight, dz, x, weight):
+        out.copy_(_convolution_backward(dz_t, x_t, w, stride, (False, True, False))[1].permute(0, 2, 3, 1))
+    return dweight
+
+
+def _convolution_backward(dz: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]) -> tuple:
+    return torch.ops.aten.convolution_backward(_images_first(dz), _images_first(x), _images_first(weight), None, [stride] * 2,
+                                               [1, 1], [1, 1], False, [0, 0], 1, wanted)
+
+
+def _direct(x: Tensor, weight: Tensor, stride: int) -> bool:
+    _, images, height, width, _ = x.shape
+    work = images * positions(height, stride) * positions(width, stride) * weight[0].numel()
+    return x.device.type == "cpu" and work >= DIRECT
+
+
+class Convolution(Function):
+    """apply(x, weight, stride) -> z, 3 x 3 with a border of one zero."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride):
+        ctx.stride, ctx.direct = stride, _direct(x, weight, stride)
+        source = x if ctx.direct else columns_of(x, stride)
+        ctx.save_for_backward(x, weight, source)
+        z_shape = torch.Size((*x.shape[:2], *(positions(size, stride) for size in x.shape[2:4]), weight.shape[1]))
+        return product(source, weight, z_shape, stride, ctx.direct)
+
+    @staticmethod
+    def backward(ctx, dz):
+        first = ConvolutionFirst.apply(dz, *ctx.saved_tensors, ctx.stride, ctx.direct, ctx.needs_input_grad[0])
+        return *first, None
+
+
+class ConvolutionFirst(Function):
+    """The first derivative; without that of x where x is data. Its own derivative is exact; there is no third."""
+
+    @staticmethod
+    def forward(ctx, dz, x, weight, source, stride, direct, with_x):
+        ctx.stride, ctx.direct, ctx.with_x = stride, direct, with_x
+        ctx.save_for_backward(dz, weight, source)
+        dx = product_on_x(dz, weight, x, stride, direct) if with_x else None
+        return dx, product_on_weight(dz, source, weight, stride, direct)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddx, ddweight):
+        dz, weight, source = ctx.saved_tensors
+        ways = ctx.stride, ctx.direct
+        on_dz, on_x, on_weight = product(source, ddweight, dz.shape, *ways), None, None
+        if ctx.with_x:
+            on_x = product_on_x(dz, ddweight, ddx, *ways)
+            ddsource = ddx if ctx.direct else columns_of(ddx, ctx.stride)
+            on_dz += product(ddsource, weight, dz.shape, *ways)
+            on_weight = product_on_weight(dz, ddsource, weight, *ways)
+        return on_dz, on_x, on_weight, None, None, None, None
+
+
+# Batch normalisation with ReLU: a = relu(gain zh + shift) with zh = scale (z - mean), by each task's own statistics.
+
+
+def _blocks(z: Tensor) -> Iterator[slice]:
+    """Ranges of tasks of which one tensor fills at most BLOCK elements, on a CPU."""
+    step = max(1, BLOCK // z[0].numel()) if z.device.type == "cpu" else len(z)
+    return (slice(start, start + step) for start in range(0, len(z), step))
+
+
+def norm(z: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, z - mean, scale) of z [T, m, O]; gain, shift and scale [T, 1, O]."""
+    a, centred, scale = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z[:, :1])
+    for b in _blocks(z):
+        torch.sub(z[b], z[b].mean(1, keepdim=True), out=centred[b])
+        torch.rsqrt(centred[b].square().mean(1, keepdim=True) + EPS, out=scale[b])
+        torch.addcmul(shift[b], centred[b], scale[b] * gain[b], out=a[b]).relu_()
+    return a, centred, scale
+
+
+def norm_first(da: Tensor, gain: Tensor, a: Tensor, centred: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, d gain, d shift): with dy = da where a > 0, dz = gain scale (dy - mean(dy) - zh mean(dy zh))."""
+    count = centred.shape[1]
+    dz, dgain, dshift = torch.empty_like(centred), torch.empty_like(scale), torch.empty_like(scale)
+    for b in _blocks(centred):
+        dy = torch.ops.aten.threshold_backward(da[b], a[b], 0)
+        torch.sum(dy, 1, keepdim=True, out=dshift[b])
+        torch.mul(scale[b], (dy * centred[b]).sum(1, keepdim=True), out=dgain[b])
+        slope = gain[b] * scale[b]
+        torch.addcmul(-slope * dshift[b] / count, centred[b], -slope * scale[b] * dgain[b] / count, out=dz[b])
+        dz[b].addcmul_(dy, slope)
+    return dz, dgain, dshift
+
+
+def norm_second(ddz: Tensor, ddgain: Tensor, ddshift: Tensor, da: Tensor, gain: Tensor, a: Tensor, centred: Tensor,
+                scale: Tensor, dgain: Tensor, dshift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the cotangents of (dz, d gain, d shift) those of (da, z, gain).
+
+    With U = ddz and the projection P v = v - mean(v) - zh mean(v zh), <U, dz> = gain scale <P U, dy>; zh and scale depend
+    on z by d zh / d z = scale P and d scale / d z = -scale^2 zh / count.
+    """
+    on_da, on_z, on_gain = torch.empty_like(centred), torch.empty_like(centred), torch.empty_like(scale)
+    for b in _blocks(centred):
+        _norm_second(ddz[b], ddgain[b], ddshift[b], da[b], gain[b], a[b], centred[b], scale[b], dgain[b], dshift[b],
+                     on_da[b], on_z[b], on_gain[b])
+    return on_da, on_z, on_gain
+
+
+def _norm_second(ddz, ddgain, ddshift, da, gain, a, centred, scale, dgain, dshift, on_da, on_z, on_gain) -> None:
+    count = centred.shape[1]
+    dy = torch.ops.aten.threshold_backward(da, a, 0)
+    total = ddz.sum(1, keepdim=True)
+    along = scale * (ddz * centred).sum(1, keepdim=True)  # <U, zh>
+    inner = (ddz * dy).sum(1, keepdim=True) - (total * dshift + along * dgain) / count  # <P U, dy>
+    slope = gain * scale
+    torch.mul(scale, inner, out=on_gain)
+    on_dy = torch.addcmul(ddshift - slope * total / count, centred, scale * (ddgain - slope * along / count))
+    on_da.copy_(torch.ops.aten.threshold_backward(on_dy.addcmul_(ddz, slope), a, 0))
+    # h = on_zh = u U + v dy, its mean, and its mean along zh
+    u, v = -slope * dgain / count, ddgain - slope * along / count
+    mean, mean_along = (u * total + v * dshift) / count, (u * along + v * dgain) / count
+    torch.addcmul(-scale * mean, centred, -scale.square() * (mean_along + slope * inner / count), out=on_z)
+    on_z.addcmul_(ddz, scale * u).addcmul_(dy, scale * v)
+
+
+class NormRelu(Function):
+    """apply(z [T, ..., O], gain [T, O], shift [T, O]) -> a."""
+
+    @staticmethod
+    def forward(ctx, z, gain, shift):
+        a, centred, scale = norm(z.flatten(1, -2), gain[:, None], shift[:, None])
+        ctx.save_for_backward(z, gain, a, centred, scale)
+        return a.view(z.shape)
+
+    @staticmethod
+    def backward(ctx, da):
+        return NormReluFirst.apply(da, *ctx.saved_tensors)
+
+
+class NormReluFirst(Function):
+    """The first derivative; z is here for the graph alone. Its own derivative is exact; there is no third."""
+
+    @staticmethod
+    def forward(ctx, da, z, gain, a, centred, scale):
+        dz, dgain, dshift = norm_first(da.flatten(1, -2), gain[:, None], a, centred, scale)
+        ctx.save_for_backward(da, gain, a, centred, scale, dgain, dshift)
+        return dz.view(z.shape), dgain[:, 0], dshift[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddz, ddgain, ddshift):
+        da, gain, *saved = ctx.saved_tensors
+        on_da, on_z, on_gain = norm_second(ddz.flatten(1, -2), ddgain[:, None], ddshift[:, None], da.flatten(1, -2),
+                                           gain[:, None], *saved)
+        return on_da.view(da.shape), on_z.view(da.shape), on_gain[:, 0], None, None, None

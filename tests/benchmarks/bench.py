@@ -1,0 +1,115 @@
+"""Times ours and the field's libraries on the same tasks, weights and processor, interleaved, in one run.
+
+usage: python tests/benchmarks/bench.py [--rounds 7] [--settings 0 1 2 3 4] [--only NAME ...]
+
+Every contender is a process of its own that waits while the others run. Before anything is timed, its gradient is compared
+with ours. Printed: the median of each contender's rounds, as tasks/s and as a ratio to the best of learn2learn, higher and
+TorchOpt in the same run, and its peak memory. One that cannot be installed or fails is named.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from contenders import CONTENDERS
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {  # tasks ways shots steps size colours channels
+    "16 x 5-way 1-shot, K = 1": (16, 5, 1, 1, 28, 1, 64),
+    "16 x 20-way 1-shot, K = 1": (16, 20, 1, 1, 28, 1, 64),
+    "8 x 20-way 1-shot, K = 5": (8, 20, 1, 5, 28, 1, 64),
+    "8 x 5-way 5-shot, K = 5": (8, 5, 5, 5, 28, 1, 64),
+    "4 x 5-way 5-shot, K = 5, 84 x 84 x 3": (4, 5, 5, 5, 84, 3, 32),
+}
+LIBRARIES = ("learn2learn", "higher", "TorchOpt")
+SLOW = 3.0  # seconds from which a contender takes only two rounds
+
+
+class Contender:
+    """A process, or two ranks, that computes once whenever it is told to (contenders.serve)."""
+
+    def __init__(self, name: str, command: list[object], folder: Path, ranks: int = 1, port: int = 29671):
+        self.name, self.seconds, self.memory, self.error = name, [], 0.0, ""
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        log = folder / f"{name}.log"
+        self.processes = [subprocess.Popen(
+            [sys.executable, "-W", "ignore", *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=log.open("w"), env=environment | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
+        if self._line() != "ready":
+            self.error = (log.read_text().strip().splitlines() or ["ended"])[-1][:150]
+
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def _line(self) -> str:
+        return self.processes[0].stdout.readline().strip()
+
+    def go(self) -> None:
+        self.processes[0].stdin.write("\n")
+        self.processes[0].stdin.flush()
+
+    def done(self) -> None:
+        self.seconds.append(float(self._line()))
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        self.memory = float(self._line() or 0)
+        for process in self.processes:
+            process.wait()
+
+
+def interleaved(contenders: list[Contender], rounds: int) -> list[Contender]:
+    """Lets them run in turn, ends them, and returns those that worked."""
+    working = [c for c in contenders if not c.error]
+    for _ in range(rounds):
+        for contender in working:
+            if len(contender.seconds) < 2 or contender.seconds[0] < SLOW:
+                contender.go()
+                contender.done()
+    for contender in contenders:
+        contender.end()
+    return working
+
+
+def difference(a: Path, b: Path) -> float:
+    """Relative distance of two gradients."""
+    a, b = np.load(a), np.load(b)
+    squares = [[((a[n].astype(float) - b[n]) ** 2).sum(), (b[n].astype(float) ** 2).sum()] for n in b]
+    return float(np.sqrt(np.divide(*np.sum(squares, 0))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--settings", type=int, nargs="*", default=range(len(SETTINGS)))
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    options = parser.parse_args()
+    for number in options.settings:
+        title, setting = list(SETTINGS.items())[number]
+        with tempfile.TemporaryDirectory() as folder:
+            gradients = {name: Path(folder, f"{name}.npz") for name in options.only}
+            script = Path(__file__).with_name("contenders.py")
+            contenders = [Contender(name, [script, name, gradients[name], *setting], Path(folder),
+                                    ranks=2 if name.endswith("2 ranks") else 1) for name in options.only]
+            working = interleaved(contenders, options.rounds)
+            best = min((c.median() for c in working if c.name in LIBRARIES), default=float("nan"))
+            print(f"\n{title}\n  {'':16} tasks/s  ratio  slowest..fastest  peak MiB  gradient differs by", flush=True)
+            for c in contenders:
+                if c.error:
+                    print(f"  {c.name:16} failed: {c.error}")
+                    continue
+                rates = sorted(setting[0] / s for s in c.seconds)
+                print(f"  {c.name:16} {setting[0] / c.median():7.1f} {best / c.median():6.2f}  "
+                      f"{rates[0]:7.1f}..{rates[-1]:<8.1f} {c.memory:8.0f}  "
+                      f"{difference(gradients[c.name], gradients['ours']):.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

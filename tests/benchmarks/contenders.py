@@ -1,0 +1,313 @@
+"""One contender of the benchmark: the summed meta-gradient of the same tasks, from the same weights, in its own library.
+
+Started by bench.py, one process each (ours also as two ranks): it computes once, saves its gradient, and then computes once
+more for every line on its standard input.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.nn import functional as F
+
+import models
+from data.tasks import TaskBatch, classification_loss
+from launch.runtime import keep_memory
+from trainer.maml import meta_gradient
+
+ALPHA = 0.01  # small: five large steps from random weights are chaotic, and no two libraries' rounding agrees
+Gradient = dict[str, np.ndarray]
+
+
+class Reference(nn.Module):
+    """The net of models.conv4 from torch's own layers, as users of the other libraries write it."""
+
+    def __init__(self, shape: tuple[int, ...], ways: int, channels: int, pooled: bool):
+        super().__init__()
+        sizes = [shape[0]] + [channels] * 4
+        self.pooled = pooled
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 1 if pooled else 2, 1, bias=False) for i, o in zip(sizes, sizes[1:]))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels, track_running_stats=False) for _ in range(4))
+        self.head = nn.Linear(channels * (shape[1] // 16) ** 2 if pooled else channels, ways)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.relu(norm(conv(x)))
+            x = F.max_pool2d(x, 2) if self.pooled else x
+        return self.head(x.flatten(1) if self.pooled else x.mean((2, 3)))
+
+
+def their_name(name: str) -> str:
+    """The name in Reference of a parameter of models.conv4."""
+    if name.startswith("head"):
+        return name
+    _, number, layer, kind = name.split(".")
+    return f"{layer}s.{number}.{kind}"
+
+
+class Problem:
+    """Weights from our model's seed, and random tasks."""
+
+    def __init__(self, tasks: int, ways: int, shots: int, steps: int, size: int, colours: int, channels: int):
+        self.steps, self.ways, self.pooled = steps, ways, size > 28
+        shape = (colours, size, size)
+        self.model = models.build("conv4_pooled" if self.pooled else "conv4", shape, ways, 0, channels)
+        self.theta = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.net = Reference(shape, ways, channels, self.pooled)
+        self.net.load_state_dict({their_name(n): p.permute(0, 3, 1, 2) if p.dim() == 4 else p for n, p in self.theta.items()})
+        generator = torch.Generator().manual_seed(1)
+
+        def blobs(images: int) -> torch.Tensor:
+            """Smooth random images, as different from each other as drawings are: pure noise looks alike to a net that
+            averages, and its gradients are all rounding."""
+            coarse = torch.randn(tasks * images, colours, 7, 7, generator=generator)
+            return F.interpolate(coarse, (size, size), mode="bilinear").unflatten(0, (tasks, images))
+
+        y, query_y = torch.arange(ways).repeat_interleave(shots), torch.arange(ways)
+        self.tasks = TaskBatch(blobs(ways * shots), y.repeat(tasks, 1), blobs(ways), query_y.repeat(tasks, 1))
+
+    def theirs(self, gradient: dict[str, torch.Tensor]) -> Gradient:
+        """A gradient of our model under the names and in the layout of Reference."""
+        return {their_name(n): (g.permute(0, 3, 1, 2) if g.dim() == 4 else g).numpy() for n, g in gradient.items()}
+
+    def of_net(self) -> Gradient:
+        return {name: p.grad.numpy() for name, p in self.net.named_parameters()}
+
+    def each(self) -> zip:
+        return zip(*self.tasks)
+
+
+def ours(problem: Problem) -> Callable[[], Gradient]:
+    """trainer.maml, its shard of the tasks, and the sum over ranks."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    tasks = TaskBatch(*(x.tensor_split(size)[rank] for x in problem.tasks))
+    alpha = torch.tensor(ALPHA)
+
+    def run() -> Gradient:
+        found = meta_gradient(None, classification_loss, problem.theta, alpha, tasks, problem.steps,
+                              forward_tasks=problem.model.forward_tasks).gradient
+        flat = torch.cat([g.flatten() for g in found.values()])
+        if size > 1:
+            dist.all_reduce(flat)
+        parts = flat.split([g.numel() for g in found.values()])
+        return problem.theirs({n: p.view_as(g) for (n, g), p in zip(found.items(), parts)})
+
+    return run
+
+
+def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
+    """trainer.maml as it runs models that know nothing of tasks: torch.func inside vmap."""
+    alpha = torch.tensor(ALPHA)
+
+    def apply(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(problem.model, params, (x,))
+
+    return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, problem.tasks,
+                                                problem.steps).gradient)
+
+
+def loop(problem: Problem) -> Callable[[], Gradient]:
+    """Plain torch, one task after the other."""
+    theta = {name: p.detach().requires_grad_() for name, p in problem.net.named_parameters()}
+
+    def run() -> Gradient:
+        total = [torch.zeros_like(p) for p in theta.values()]
+        for x, y, query_x, query_y in problem.each():
+            phi = theta
+            for _ in range(problem.steps):
+                loss = F.cross_entropy(functional_call(problem.net, phi, (x,)), y)
+                gradients = torch.autograd.grad(loss, tuple(phi.values()), create_graph=True)
+                phi = {name: p - ALPHA * g for (name, p), g in zip(phi.items(), gradients)}
+            loss = F.cross_entropy(functional_call(problem.net, phi, (query_x,)), query_y)
+            total = [a + b for a, b in zip(total, torch.autograd.grad(loss, tuple(theta.values())))]
+        return {name: g.numpy() for name, g in zip(theta, total)}
+
+    return run
+
+
+def vmapped(problem: Problem) -> Callable[[], Gradient]:
+    """torch.func in the published form, grad through vmap. Its second derivatives are wrong with this net."""
+    theta = {name: p.detach() for name, p in problem.net.named_parameters()}
+
+    def loss(params: dict, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(functional_call(problem.net, params, (x,)), y)
+
+    def adapted(phi: dict, x: torch.Tensor, y: torch.Tensor, query_x: torch.Tensor, query_y: torch.Tensor) -> torch.Tensor:
+        for _ in range(problem.steps):
+            g = grad(loss)(phi, x, y)
+            phi = {name: p - ALPHA * g[name] for name, p in phi.items()}
+        return loss(phi, query_x, query_y)
+
+    def run() -> Gradient:
+        total = grad_and_value(lambda p: vmap(adapted, in_dims=(None, 0, 0, 0, 0))(p, *problem.tasks).sum())(theta)[0]
+        return {name: g.numpy() for name, g in total.items()}
+
+    return run
+
+
+def learn2learn(problem: Problem) -> Callable[[], Gradient]:
+    """learn2learn's MAML class, from its source distribution: the package itself does not build on this Python."""
+    for name in ("learn2learn", "learn2learn.algorithms"):  # their __init__ files import gym and torchvision
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [os.path.join(os.environ["LEARN2LEARN"], *name.split("."))]
+    from learn2learn.algorithms.maml import MAML
+
+    maml = MAML(problem.net, lr=ALPHA, first_order=False)
+
+    def run() -> Gradient:
+        maml.zero_grad()
+        for x, y, query_x, query_y in problem.each():
+            learner = maml.clone()
+            for _ in range(problem.steps):
+                learner.adapt(F.cross_entropy(learner(x), y))
+            F.cross_entropy(learner(query_x), query_y).backward()
+        return problem.of_net()
+
+    return run
+
+
+def higher(problem: Problem) -> Callable[[], Gradient]:
+    import higher as library
+
+    optimizer = torch.optim.SGD(problem.net.parameters(), lr=ALPHA)
+
+    def run() -> Gradient:
+        problem.net.zero_grad()
+        for x, y, query_x, query_y in problem.each():
+            with library.innerloop_ctx(problem.net, optimizer, copy_initial_weights=False) as (learner, inner):
+                for _ in range(problem.steps):
+                    inner.step(F.cross_entropy(learner(x), y))
+                F.cross_entropy(learner(query_x), query_y).backward()
+        return problem.of_net()
+
+    return run
+
+
+def torchopt(problem: Problem) -> Callable[[], Gradient]:
+    import torchopt as library
+
+    net = problem.net
+    inner = library.MetaSGD(net, lr=ALPHA)
+    start, fresh = (library.extract_state_dict(part, by="reference") for part in (net, inner))
+    parameters = dict(net.named_parameters())
+
+    def run() -> Gradient:
+        for p in parameters.values():
+            p.grad = None
+        for x, y, query_x, query_y in problem.each():
+            for _ in range(problem.steps):
+                inner.step(F.cross_entropy(net(x), y))
+            F.cross_entropy(net(query_x), query_y).backward()
+            library.recover_state_dict(net, start)
+            library.recover_state_dict(inner, fresh)
+        return {name: p.grad.numpy() for name, p in parameters.items()}
+
+    return run
+
+
+def jax(problem: Problem) -> Callable[[], Gradient]:
+    """vmap and jit of the same function in JAX."""
+    import jax as library
+    from jax import numpy as jnp
+
+    theta = {name: jnp.asarray(p.detach().numpy()) for name, p in problem.net.named_parameters()}
+    tasks = [jnp.asarray(x.numpy()) for x in problem.tasks]
+
+    def forward(params: dict, x: jnp.ndarray) -> jnp.ndarray:
+        stride = (1, 1) if problem.pooled else (2, 2)
+        for i in range(4):
+            x = library.lax.conv_general_dilated(x, params[f"convs.{i}.weight"], stride, ((1, 1), (1, 1)),
+                                                 dimension_numbers=("NCHW", "OIHW", "NCHW"))
+            x = (x - x.mean((0, 2, 3), keepdims=True)) * library.lax.rsqrt(x.var((0, 2, 3), keepdims=True) + 1e-5)
+            x = library.nn.relu(x * params[f"norms.{i}.weight"][:, None, None] + params[f"norms.{i}.bias"][:, None, None])
+            if problem.pooled:
+                x = library.lax.reduce_window(x, -jnp.inf, library.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+        x = x.reshape(len(x), -1) if problem.pooled else x.mean((2, 3))
+        return x @ params["head.weight"].T + params["head.bias"]
+
+    def loss(params: dict, x: jnp.ndarray, y: jnp.ndarray) -> jnp.ndarray:
+        return -jnp.take_along_axis(library.nn.log_softmax(forward(params, x)), y[:, None], 1).mean()
+
+    def adapted(phi: dict, x: jnp.ndarray, y: jnp.ndarray, query_x: jnp.ndarray, query_y: jnp.ndarray) -> jnp.ndarray:
+        for _ in range(problem.steps):
+            g = library.grad(loss)(phi, x, y)
+            phi = {name: p - ALPHA * g[name] for name, p in phi.items()}
+        return loss(phi, query_x, query_y)
+
+    step = library.jit(library.grad(lambda p: library.vmap(adapted, (None, 0, 0, 0, 0))(p, *tasks).sum()))
+    return lambda: {name: np.asarray(g) for name, g in library.block_until_ready(step(theta)).items()}
+
+
+CONTENDERS = {"ours": ours, "ours, 2 ranks": ours, "ours, any model": ours_any_model, "learn2learn": learn2learn,
+              "higher": higher, "TorchOpt": torchopt, "loop": loop, "vmap": vmapped, "JAX": jax}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("gradient", type=Path)
+    parser.add_argument("problem", type=int, nargs=7, help="tasks ways shots steps size colours channels")
+    settings = parser.parse_args()
+    if settings.name.startswith("ours"):
+        keep_memory()
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    torch.set_num_threads(2 // ranks)
+    run = CONTENDERS[settings.name](Problem(*settings.problem))
+    gradient = run()
+    if os.environ["RANK"] == "0":
+        np.savez(settings.gradient, **gradient)
+    serve(run, ranks)
+
+
+def resident(name: str) -> float:
+    """VmRSS or VmHWM (its peak) of this process, in MiB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> float:
+    """Begins the peak anew; what is held now, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def serve(run: Callable[[], object], ranks: int, held: float = 0.0) -> None:
+    """Computes once for every line on rank 0's standard input and prints the seconds; then the peak memory of all ranks
+    in MiB, less `held`."""
+    first = ranks == 1 or dist.get_rank() == 0
+
+    def go() -> bool:
+        wanted = torch.tensor(float(bool(sys.stdin.readline())) if first else 0.0)
+        if ranks > 1:
+            dist.broadcast(wanted, 0)
+        return bool(wanted)
+
+    if first:
+        print("ready", flush=True)
+    while go():
+        begun = time.perf_counter()
+        run()
+        if first:
+            print(time.perf_counter() - begun, flush=True)
+    memory = torch.tensor(resident("VmHWM") - held)
+    if ranks > 1:
+        dist.all_reduce(memory)
+        dist.destroy_process_group()
+    if first:
+        print(float(memory), flush=True)
+
+
+if __name__ == "__main__":
+    main()
