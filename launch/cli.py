@@ -4,7 +4,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +20,7 @@ from trainer.config import Config
 VERBS = {
     "train": "train theta, alpha and beta; the same command again resumes",
     "slurm": "train as a SLURM job, which comes back until the run is finished",
+    "sweep": "train every cell of a grid of values, each as a run of its own; the same command again does what is left",
     "evaluate": "test a trained run on held-out tasks",
     "report": "draw losses and rates of several runs side by side",
     "sync": "ship to MLflow what a run that has ended left unsent",
@@ -34,14 +38,21 @@ def parser() -> Parser:
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, meaning in VERBS.items():
         sub = verbs.add_parser(verb, help=meaning, description=meaning, allow_abbrev=False)
-        if verb == "train":
+        if verb == "sweep":
+            sub.add_argument("--grid", action="append", required=True, metavar="KEY=V,V,...", help="values of one key; repeat")
+            sub.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each cell (default: 1)")
+            sub.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side (default: 1)")
+            sub.add_argument("--part", default="1/1", metavar="I/N", help="only the Ith of N parts, as tasks of a job array do")
+        if verb in ("train", "sweep"):
             sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the keys below")
         if verb == "slurm":
             slurm.add_options(sub)
         if verb == "evaluate":
             sub.add_argument("--split", choices=("val", "test"), default="test", help="whose tasks (default: test)")
         if verb == "report":
-            sub.add_argument("--runs", type=Path, nargs="+", required=True, metavar="DIR", help="the runs' folders")
+            which = sub.add_mutually_exclusive_group(required=True)
+            which.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="the runs' folders: losses and rates")
+            which.add_argument("--sweep", type=Path, metavar="DIR", help="a sweep's folder: maps of its grid")
             sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure; .png and .svg are written")
             continue
         if verb == "sync":
@@ -59,13 +70,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs a verb and exits: 0 done, 2 the input is wrong (one line), 1 anything else, a signal's code where one stopped
     the run."""
     try:
-        known, unknown = parser().parse_known_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        known, unknown = parser().parse_known_args(words)
         overrides = {name: value for name, value in vars(known).items() if name in configuration.keys()}
         if unknown:  # names the nearest key
             name, _, value = unknown[0].removeprefix("--").partition("=")
             configuration.checked(name, value, f"{unknown[0]} on the command line")
             raise InputError(f"command line: {unknown[0]} is not for {known.verb}; see alpha-maml {known.verb} --help")
-        code = {"train": train, "evaluate": evaluate, "report": report, "sync": sync,
+        known.words = words
+        code = {"train": train, "sweep": sweep, "evaluate": evaluate, "report": report, "sync": sync,
                 "slurm": slurm.submit}[known.verb](known, overrides)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node is enough
@@ -105,6 +118,41 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0 if status == "FINISHED" else 1
 
 
+def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
+    base = configuration.build(known.config, overrides)
+    if base.run_dir is None:
+        raise InputError("run_dir: is needed here; give the sweep's folder with --run_dir")
+    for name in ("seeds", "jobs"):
+        if getattr(known, name) < 1:
+            raise InputError(f"--{name}: {getattr(known, name)} must be 1 or more; correct it")
+    part, _, parts = known.part.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise InputError(f"--part: {known.part!r} must be I/N with I from 1 to N; correct it")
+    from launch import runtime
+    from trainer import sweep as sweeping
+
+    folder = Path(base.run_dir)
+    cells = sweeping.cells(base, known.grid, known.seeds, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if known.jobs > 1 and parts != "1":
+        raise InputError("--jobs: --part divides the cells already; drop one of the two")
+    if known.jobs > 1:
+        whole = [sys.executable, "-m", "launch", *known.words, "--jobs", "1"]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        jobs = [subprocess.Popen([*whole, "--part", f"{i + 1}/{known.jobs}"], env=environment) for i in range(known.jobs)]
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda received, frame: [job.send_signal(received) for job in jobs])
+        codes = [job.wait() for job in jobs]
+    else:
+        stop = runtime.StopRequest()
+        with runtime.world(base.device, base.engine.timeout) as world:
+            codes = [0 if sweeping.work(cells[int(part) - 1::int(parts)], world, stop) else 128 + (stop.signal or 15)]
+    if parts == "1":
+        rows = sweeping.table(cells, folder)
+        print(*sweeping.lines(rows), f"\n{folder / sweeping.TABLE}", sep="\n")
+    return max(codes)
+
+
 def run_config(folder: Path, overrides: dict[str, str]) -> Config:
     """The configuration of the run in `folder`, with what the command line changes; raises InputError."""
     if not (folder / "config.yaml").is_file():
@@ -142,8 +190,16 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     from trainer import spool
-    from trainer.figures import draw_curves
+    from trainer.figures import draw_curves, draw_maps
 
+    if known.sweep:
+        from trainer.sweep import RESULTS, read_table
+
+        rows = read_table(known.sweep)
+        keys = [key for key in rows[0] if key not in RESULTS and key != "seed"]
+        if len(keys) < 2:
+            raise InputError(f"--sweep: {known.sweep} varies only {', '.join(keys) or 'the seed'}; a map needs two keys")
+        return written(known.out, lambda: draw_maps(rows, keys, known.out))
     runs, thresholds = [], set()
     for folder in known.runs:
         config, lines = run_config(folder, {}), spool.read_metrics(folder)
@@ -152,12 +208,16 @@ def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         rates = config.rates
         runs.append((f"{rates.rule}, from alpha {rates.alpha:g}, beta {rates.beta:g}", lines))
         thresholds.add(config.loss_threshold)
+    return written(known.out, lambda: draw_curves(runs, known.out, thresholds.pop() if len(thresholds) == 1 else None))
+
+
+def written(target: Path, draw: Callable[[], list[Path]]) -> int:
+    """Draws into the target's folder and prints the files; raises InputError where it cannot be written."""
     try:
-        known.out.parent.mkdir(parents=True, exist_ok=True)
-        paths = draw_curves(runs, known.out, thresholds.pop() if len(thresholds) == 1 else None)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        print(*draw(), sep="\n")
     except OSError as error:
-        raise InputError(f"--out: {known.out} cannot be written ({error.strerror}); choose another file") from None
-    print(*paths, sep="\n")
+        raise InputError(f"--out: {target} cannot be written ({error.strerror}); choose another file") from None
     return 0
 
 

@@ -111,6 +111,7 @@ class Checkpoint:
 class Tracking:
     uri: str | None = key(None, "MLflow store; null is mlflow.db beside the run's folder; disabled is none", NOT_EMPTY)
     experiment: str = key("alpha-maml", "MLflow experiment", NOT_EMPTY)
+    sweep: str | None = key(None, "tag that the runs of one sweep share", NOT_EMPTY)
     timeout: float = key(30.0, "longest wait in seconds for the store at the end of a run", NOT_NEGATIVE)
 
 
@@ -264,7 +265,7 @@ def build(file: Path | None, overrides: dict[str, str]) -> Config:
     config = Config()
     for name, value in values.items():
         config = with_key(config, name, value)
-    _check_together(config)
+    check_together(config)
     return config
 
 
@@ -276,7 +277,7 @@ def with_key(config: Config, name: str, value: Any) -> Config:
     return replace(config, **{section: replace(getattr(config, section), **{leaf: value})})
 
 
-def _check_together(config: Config) -> None:
+def check_together(config: Config) -> None:
     """The rules that bind several keys."""
     rates, task = config.rates, config.task
     if rates.minimum >= rates.maximum:

@@ -2,6 +2,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008
 STYLES = ("-", "--", "-.", ":")
@@ -16,6 +20,16 @@ def _smooth(values: list[float], width: int) -> list[float]:
         total += value - (values[i - width] if i >= width else 0.0)
         sums.append(total / min(i + 1, width))
     return sums
+
+
+def _save(figure: Figure, target: Path) -> list[Path]:
+    from matplotlib import pyplot
+
+    paths = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return paths
 
 
 def draw_curves(runs: list[tuple[str, list[dict]]], target: Path, threshold: float | None = None) -> list[Path]:
@@ -47,8 +61,57 @@ def draw_curves(runs: list[tuple[str, list[dict]]], target: Path, threshold: flo
     if threshold is not None:
         axes[0].axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
     figure.legend(loc="outside lower center", ncols=min(len(runs), 3), frameon=False)
-    paths = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return paths
+    return _save(figure, target)
+
+
+def draw_maps(rows: list[dict[str, str]], keys: list[str], target: Path) -> list[Path]:
+    """Iterations to the threshold over alpha and beta, or the last two of a sweep's `keys`, as `target`.png and .svg: medians over seeds, a
+    blank cell where no seed reached it, "n/m" below where only some did; one panel for each value of the other keys."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import LogNorm
+
+    def number(text: str) -> float | str:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    down, across = ("rates.alpha", "rates.beta") if {"rates.alpha", "rates.beta"} <= set(keys) else keys[-2:]
+    others = [key for key in keys if key not in (down, across)]
+    panels = list(dict.fromkeys(tuple(row[key] for key in others) for row in rows))
+    downs, acrosses = (sorted({number(row[key]) for row in rows}, key=lambda v: (str(type(v)), v)) for key in (down, across))
+    reached = {}
+    for row in rows:
+        place = tuple(row[key] for key in others), number(row[down]), number(row[across])
+        reached.setdefault(place, []).append(number(row["iterations_to_threshold"] or "nan"))
+    counts = [count for group in reached.values() for count in group if count == count]
+    scale = LogNorm(min(counts, default=1), max([*counts, 2]))
+    size = 1.5 + (0.75 * len(acrosses) + 0.8) * len(panels), 1.4 + 0.55 * len(downs)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        for y, first in enumerate(downs):
+            for x, second in enumerate(acrosses):
+                group = reached.get((panel, first, second), [])
+                good = sorted(count for count in group if count == count)
+                if not good:
+                    continue
+                middle = good[len(good) // 2]
+                colour = matplotlib.colormaps["viridis_r"](float(scale(middle)))
+                axis.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
+                text = f"{middle:g}" + (f"\n{len(good)}/{len(group)}" if len(good) < len(group) else "")
+                dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.5
+                axis.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        axis.set(xlim=(-0.5, len(acrosses) - 0.5), ylim=(-0.5, len(downs) - 0.5), xlabel=across,
+                 title=", ".join(f"{key} {value}" for key, value in zip(others, panel)))
+        axis.set_xticks(range(len(acrosses)), [f"{v:g}" if isinstance(v, float) else v for v in acrosses])
+        axis.set_yticks(range(len(downs)), [f"{v:g}" if isinstance(v, float) else v for v in downs])
+        axis.set_xticks([i + 0.5 for i in range(len(acrosses) - 1)], minor=True)
+        axis.set_yticks([i + 0.5 for i in range(len(downs) - 1)], minor=True)
+        axis.grid(which="minor", color="0.85", linewidth=0.8)
+        axis.tick_params(which="minor", length=0)
+    axes[0][0].set_ylabel(down)
+    figure.suptitle("iterations to the threshold; blank: not reached", fontsize=11)
+    return _save(figure, target)

@@ -158,7 +158,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
     `started(folder, finished before)` and, on flushed iterations, `watch(iteration, metrics)` are called on rank 0.
     Raises InputError, and Diverged.
     """
-    begun, folder, status = time.time(), run_dir(config), "FAILED"
+    begun, folder, status, diverged = time.time(), run_dir(config), "FAILED", False
     with spool.lock(folder) if world.rank == 0 else nullcontext():
         if world.rank == 0:
             check_ownership(folder, config)
@@ -177,11 +177,14 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
         saver = checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep)
         try:
             status = _iterate(problem, state, folder, saver, stop_requested, watch)
+        except Diverged:
+            diverged = True
+            raise
         finally:
             saver.wait()
             if world.rank == 0:
                 facts = {"world_size": world.size, "device": _device_name(world.device), "engine": config.engine.name,
-                         "rule": config.rates.rule, "seconds": time.time() - begun, "status": status,
+                         "rule": config.rates.rule, "seconds": time.time() - begun, "status": status, "diverged": diverged,
                          "versions": {"python": platform.python_version(), "torch": torch.__version__}}
                 summary = spool.summarise(spool.read_metrics(folder), config.loss_threshold)
                 spool.write_json(folder / "summary.json", summary | facts)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,13 @@ class Shipment:
         rates = config.rates
         name = f"{rates.rule} a0={rates.alpha:g} b0={rates.beta:g} s{config.seed}"
         tags = {"mlflow.source.name": "alpha-maml", "run_dir": str(self.run_dir.resolve())} | _commit()
+        if config.tracking.sweep:
+            tags["sweep"] = config.tracking.sweep
         self.state["run_id"] = self.client.create_run(self.state["experiment_id"], run_name=name, tags=tags).info.run_id
         self._remember()
         params = {name: str(value)[:500] for name, value in flat_values(config).items() if not name.startswith("tracking.")}
+        starts = {"log10_alpha": rates.alpha, "log10_beta": rates.beta}  # the axes of a contour plot over a sweep
+        params |= {name: f"{log10(value):.6g}" for name, value in starts.items() if value > 0}
         self.client.log_batch(self.state["run_id"], params=[Param(k, v) for k, v in params.items()])
 
     def _circumstances(self) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 usage: python tests/benchmarks/bench.py [--rounds 7] [--settings 0 1 2 3 4] [--only NAME ...]
 
-Every contender is a process of its own that waits while the others run. Before anything is timed, its gradient is compared
-with ours. Printed: the median of each contender's rounds, as tasks/s and as a ratio to the best of learn2learn, higher and
-TorchOpt in the same run, and its peak memory. One that cannot be installed or fails is named.
+Every contender is a process of its own that waits while the others run. Before anything is timed, its gradient in float64 is
+compared with ours. Printed: the median of each contender's rounds, as tasks/s and as a ratio to the best of learn2learn, higher
+and TorchOpt in the same run, and its peak memory. One that cannot be installed, fails, or is not ready in time is named.
 """
 from __future__ import annotations
 
 import argparse
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ SETTINGS = {  # tasks ways shots steps size colours channels
     "4 x 5-way 5-shot, K = 5, 84 x 84 x 3": (4, 5, 5, 5, 84, 3, 32),
 }
 LIBRARIES = ("learn2learn", "higher", "TorchOpt")
+PATIENCE = 120  # seconds for a contender's first results
 SLOW = 3.0  # seconds from which a contender takes only two rounds
 
 
@@ -41,7 +43,11 @@ class Contender:
         self.processes = [subprocess.Popen(
             [sys.executable, "-W", "ignore", *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             stderr=log.open("w"), env=environment | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
-        if self._line() != "ready":
+        if not select.select([self.processes[0].stdout], [], [], PATIENCE)[0]:
+            self.error = f"no first result within {PATIENCE} s"
+            for process in self.processes:
+                process.kill()
+        elif self._line() != "ready":
             self.error = (log.read_text().strip().splitlines() or ["ended"])[-1][:150]
 
     def median(self) -> float:
@@ -100,7 +106,7 @@ def main() -> None:
                                     ranks=2 if name.endswith("2 ranks") else 1) for name in options.only]
             working = interleaved(contenders, options.rounds)
             best = min((c.median() for c in working if c.name in LIBRARIES), default=float("nan"))
-            print(f"\n{title}\n  {'':16} tasks/s  ratio  slowest..fastest  peak MiB  gradient differs by", flush=True)
+            print(f"\n{title}\n  {'':16} tasks/s  ratio  slowest..fastest  peak MiB  gradient (float64) differs by", flush=True)
             for c in contenders:
                 if c.error:
                     print(f"  {c.name:16} failed: {c.error}")

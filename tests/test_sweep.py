@@ -1,0 +1,117 @@
+"""Sweeps: every cell an ordinary run, done once, in one table, one store and one figure."""
+from __future__ import annotations
+
+import csv
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import newest_state
+from processes import run, succeed
+
+from data.errors import InputError
+from trainer import spool, sweep
+from trainer.config import build
+
+SMALL = ("--task.batch", 4, "--iterations", 12, "--evaluation.tasks", 8, "--checkpoint.every", 0)
+GRID = ("--grid", "rates.alpha=1e-3,1e-1", "--grid", "rates.beta=1e-2,1")
+
+
+def wrong(*arguments: object) -> str:
+    result = run("sweep", *arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_is_done_once_in_one_store_one_table_and_one_figure(tmp_path: Path):
+    folder = tmp_path / "first"
+    arguments = ("sweep", *SMALL, *GRID, "--seeds", 2, "--loss_threshold", 1000, "--run_dir", folder)
+    printed = succeed(*arguments, "--jobs", 2).stdout
+    assert "2 of 2" in printed and str(folder / "sweep.csv") in printed
+    rows = table(folder)
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"FINISHED"}
+    assert {(row["rates.alpha"], row["rates.beta"], row["seed"]) for row in rows} == {
+        (a, b, s) for a in ("0.001", "0.1") for b in ("0.01", "1.0") for s in "01"}
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        assert store.execute("select count(*) from tags where key = 'sweep' and value = 'first'").fetchone() == (8,)
+        found = {value for (value,) in store.execute("select distinct value from params where key = 'log10_alpha'")}
+        assert found == {"-3", "-1"}
+        assert store.execute("select count(distinct run_uuid) from metrics where key = 'final/iterations_to_threshold'"
+                             ).fetchone() == (8,)
+
+    again = succeed(*arguments).stdout
+    assert "[1/" not in again, "a cell that was done was done again"
+    victim = next(folder.glob("rates.alpha=0.1,rates.beta=1.0,seed=1"))
+    (victim / "summary.json").unlink()
+    assert "[1/1] rates.alpha=0.1,rates.beta=1.0,seed=1" in succeed(*arguments).stdout
+
+    succeed("train", *SMALL, "--rates.alpha", 0.1, "--rates.beta", 1, "--seed", 1, "--loss_threshold", 1000,
+            "--tracking.uri", "disabled", "--run_dir", tmp_path / "alone")
+    expected, cell = newest_state(tmp_path / "alone"), newest_state(victim)
+    assert all(torch.equal(cell[name], expected[name]) for name in expected), "a cell is not the run of its configuration"
+
+    succeed("report", "--sweep", folder, "--out", tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000 and (tmp_path / "map.svg").is_file()
+
+
+def test_a_cell_that_diverges_is_a_result(tmp_path: Path):
+    arguments = ("sweep", *SMALL, "--iterations", 300, "--rates.rule", "fixed", "--tracking.uri", "disabled",
+                 "--run_dir", tmp_path, "--grid", "rates.beta=1e-3,1e30")
+    succeed(*arguments)
+    assert [row["status"] for row in table(tmp_path)] == ["FINISHED", "diverged"]
+    assert "[1/" not in succeed(*arguments).stdout
+
+
+def test_parts_divide_the_cells(tmp_path: Path):
+    arguments = ("sweep", *SMALL, *GRID, "--tracking.uri", "disabled", "--run_dir", tmp_path)
+    succeed(*arguments, "--part", "1/2")
+    done = {path.parent.name for path in tmp_path.glob("*/summary.json")}
+    succeed(*arguments, "--part", "2/2")
+    assert len(done) == 2 and len(list(tmp_path.glob("*/summary.json"))) == 4
+    assert all(spool.read_json(path)["status"] == "FINISHED" for path in tmp_path.glob("*/summary.json"))
+
+
+def test_cells_are_the_product_of_all_values(tmp_path: Path):
+    found = sweep.cells(build(None, {"seed": "5"}), ["rates.alpha=1e-3,1e-2", "rates.rule=fixed,adaptive"], 3, tmp_path)
+    assert len(found) == 12 == len({cell.folder for cell in found})
+    assert {cell.config.seed for cell in found} == {5, 6, 7}
+    assert {(cell.config.rates.alpha, cell.config.rates.rule) for cell in found} == {
+        (a, r) for a in (1e-3, 1e-2) for r in ("fixed", "adaptive")}
+
+
+@pytest.mark.parametrize(("grids", "seeds", "message"), (
+    (["rates.alpa=1,2"], 1, "rates.alpa: no such key"),
+    (["rates.alpha="], 1, "'rates.alpha=' has no values"),
+    (["rates.alpha"], 1, "has no values; write key=value,value"),
+    (["rates.alpha=1,-2"], 1, "in --grid rates.alpha"),
+    (["rates.alpha=1,"], 1, "in --grid rates.alpha"),
+    (["rates.alpha=1,1.0"], 1, "holds a value twice"),
+    (["rates.alpha=1", "rates.alpha=2"], 1, "given twice"),
+    (["seed=1,2"], 2, "drop one of the two"),
+    (["data.name=sinusoid,nosuch"], 1, "data.name"),
+))
+def test_wrong_grids_are_refused(grids: list[str], seeds: int, message: str, tmp_path: Path):
+    with pytest.raises(InputError) as error:
+        sweep.cells(build(None, {}), grids, seeds, tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_input_is_one_line(tmp_path: Path):
+    assert "run_dir: is needed" in wrong(*GRID)
+    assert "--seeds: 0 must be 1 or more" in wrong(*GRID, "--run_dir", tmp_path, "--seeds", 0)
+    assert "--part: '3/2' must be I/N" in wrong(*GRID, "--run_dir", tmp_path, "--part", "3/2")
+    assert "drop one of the two" in wrong(*GRID, "--run_dir", tmp_path, "--part", "1/2", "--jobs", 2)
+    assert "--grid" in wrong("--run_dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+    result = run("report", "--sweep", tmp_path, "--out", tmp_path / "x.png")
+    assert result.returncode == 2 and "is no sweep's folder" in result.stderr
+    (tmp_path / "sweep.csv").write_text("rates.alpha,seed,status,iterations_to_threshold\n1,0,FINISHED,3\n")
+    result = run("report", "--sweep", tmp_path, "--out", tmp_path / "x.png")
+    assert result.returncode == 2 and "varies only rates.alpha" in result.stderr

@@ -1,0 +1,149 @@
+"""A grid of runs: its cells, the work on them in turn, and the table of what came out.
+
+Every cell is an ordinary run in a folder of its own under the sweep's folder, so that a sweep which is started again does only
+what is left of it, and every verb works on a cell.
+"""
+from __future__ import annotations
+
+import csv
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.errors import InputError
+from trainer import config as configuration
+from trainer import loop, spool
+from trainer.collective import World
+from trainer.config import Config
+
+RESULTS = ("status", "iterations_to_threshold", "loss_last", "val_loss", "val_accuracy", "alpha_last", "beta_last", "seconds")
+TABLE = "sweep.csv"
+
+
+class Cell(NamedTuple):
+    values: dict[str, Any]  # of the grid's keys, and the seed
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def axes(grids: list[str]) -> dict[str, list[Any]]:
+    """Key -> its values, from "key=value,value,..."; raises InputError."""
+    found: dict[str, list[Any]] = {}
+    for text in grids:
+        name, equals, values = text.partition("=")
+        if name in found:
+            raise InputError(f"--grid: {name} is given twice; give its values at once, separated by commas")
+        if not equals or not values.strip(","):
+            raise InputError(f"--grid: {text!r} has no values; write key=value,value,... as in rates.alpha=1e-3,1e-2")
+        found[name] = [configuration.checked(name, configuration.from_text(name, v), f"in --grid {name}")
+                       for v in values.split(",")]
+        if len(set(map(str, found[name]))) < len(found[name]):
+            raise InputError(f"--grid: {name} holds a value twice in {values}; drop one")
+    return found
+
+
+def cells(base: Config, grids: list[str], seeds: int, folder: Path) -> list[Cell]:
+    """The product of the grids with `seeds` seeds, the base's and those after it; raises InputError."""
+    found = axes(grids)
+    if "seed" in found and seeds > 1:
+        raise InputError("--seeds: the grid has values for seed already; drop one of the two")
+    found.setdefault("seed", [base.seed + i for i in range(seeds)])
+    made = []
+    for values in itertools.product(*found.values()):
+        config = base
+        for name, value in zip(found, values):
+            config = configuration.with_key(config, name, value)
+        name = ",".join(f"{key}={value}" for key, value in zip(found, values)).replace("/", "_")
+        config = replace(config, run_dir=str(folder / name),
+                         tracking=replace(config.tracking, uri=config.tracking.uri or f"sqlite:///{folder.resolve()}/mlflow.db",
+                                          sweep=folder.name))
+        configuration.check_together(config)
+        made.append(Cell(dict(zip(found, values)), config))
+    return made
+
+
+def finished(cell: Cell) -> bool:
+    """Whether the cell's run came to its end, a good one or divergence; raises InputError where its folder is another's."""
+    if not (cell.folder / "summary.json").is_file():
+        return False
+    loop.check_ownership(cell.folder, cell.config)
+    summary = spool.read_json(cell.folder / "summary.json")
+    return summary.get("diverged", False) or (summary.get("iterations") or 0) >= cell.config.iterations
+
+
+def work(todo: list[Cell], world: World, stop: Callable[[], bool]) -> bool:
+    """Trains what is not finished, one cell after the other, and ships each to MLflow; False where a stop was requested."""
+    begun, left = time.monotonic(), [cell for cell in todo if not finished(cell)]
+    for number, cell in enumerate(left, 1):
+        try:
+            status = loop.train(cell.config, world, stop, lambda folder, finished: None, lambda step, metrics: None)
+        except loop.Diverged:
+            status = "diverged"
+        summary = spool.read_json(cell.folder / "summary.json")
+        if cell.config.tracking.uri != "disabled":
+            from trainer import tracking
+
+            try:
+                tracking.sync(cell.folder, cell.config.tracking.timeout)
+            except Exception as error:  # the points stay in the folder, and `alpha-maml sync` ships them
+                print(f"{cell.folder}: not in MLflow ({type(error).__name__}); ship it with alpha-maml sync", flush=True)
+        seconds = (time.monotonic() - begun) / number * (len(left) - number)
+        reached = summary.get("iterations_to_threshold")
+        print(f"[{number}/{len(left)}] {cell.folder.name}: {status.lower()}, loss {_shown(summary.get('loss_last'))}, "
+              f"threshold {f'at {reached}' if reached else 'not reached'}; left {seconds:.0f} s", flush=True)
+        if status == "KILLED":
+            return False
+    return True
+
+
+def table(done: list[Cell], folder: Path) -> list[dict[str, Any]]:
+    """One row a cell, also written as sweep.csv; cells without a result have empty fields."""
+    rows = []
+    for cell in done:
+        path = cell.folder / "summary.json"
+        summary = spool.read_json(path) if path.is_file() else {}
+        status = "diverged" if summary.get("diverged") else summary.get("status")
+        rows.append(cell.values | {name: summary.get(name) for name in RESULTS} | {"status": status})
+    with (folder / TABLE).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def read_table(folder: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's table, as text; raises InputError where there is none."""
+    path = folder / TABLE
+    if not path.is_file():
+        raise InputError(f"--sweep: {folder} is no sweep's folder, it has no {TABLE}; give one in which alpha-maml sweep ended")
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What to print of a table: over seeds, how many cells reached the threshold and when, by the grid's keys."""
+    keys = [name for name in rows[0] if name not in RESULTS and name != "seed"]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    head = [*keys, "reached", "iterations (median)", "loss at the end"]
+    body = []
+    for values, group in groups.items():
+        reached = [row["iterations_to_threshold"] for row in group if row["iterations_to_threshold"]]
+        losses = [row["loss_last"] for row in group if row["loss_last"] is not None]
+        body.append([*(f"{v:g}" if isinstance(v, float) else str(v) for v in values), f"{len(reached)} of {len(group)}",
+                     f"{statistics.median(reached):g}" if reached else "-",
+                     _shown(statistics.median(losses) if losses else None)])
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    return ["  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in [head, *body]]
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
