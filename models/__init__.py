@@ -1,5 +1,6 @@
 """Models by name. A model is a torch.nn.Module built as Model(input_shape, outputs, **arguments); it maps inputs
-[n, *input_shape] to outputs [n, outputs] and keeps no state but its parameters."""
+[n, *input_shape] to outputs [n, outputs] and keeps no state but its parameters. One that also has `forward_tasks`, as
+models.mlp shows it, runs many tasks at once, faster; its second derivatives must be right without vmap."""
 from __future__ import annotations
 
 import importlib

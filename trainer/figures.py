@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def draw_curves(runs: list[tuple[str, list[dict]]], target: Path, threshold: flo
 
 
 def draw_maps(rows: list[dict[str, str]], keys: list[str], target: Path) -> list[Path]:
-    """Iterations to the threshold over alpha and beta, or the last two of a sweep's `keys`, as `target`.png and .svg: medians over seeds, a
-    blank cell where no seed reached it, "n/m" below where only some did; one panel for each value of the other keys."""
+    """Iterations to the threshold over alpha and beta, or the last two of a sweep's `keys`, as `target`.png and .svg: medians
+    over the seeds that reached it, a blank cell where none did, "n/m" below where only some did; one panel for each value of
+    the other keys."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,10 +97,10 @@ def draw_maps(rows: list[dict[str, str]], keys: list[str], target: Path) -> list
         for y, first in enumerate(downs):
             for x, second in enumerate(acrosses):
                 group = reached.get((panel, first, second), [])
-                good = sorted(count for count in group if count == count)
+                good = [count for count in group if count == count]
                 if not good:
                     continue
-                middle = good[len(good) // 2]
+                middle = median(good)
                 colour = matplotlib.colormaps["viridis_r"](float(scale(middle)))
                 axis.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
                 text = f"{middle:g}" + (f"\n{len(good)}/{len(group)}" if len(good) < len(group) else "")

@@ -70,9 +70,10 @@ class Problem:
 
         def blobs(images: int) -> torch.Tensor:
             """Smooth random images, as different from each other as drawings are: pure noise looks alike to a net that
-            averages, and its gradients are all rounding."""
+            averages. A little noise on top: maxima over equal pixels would be a matter of rounding."""
             coarse = torch.randn(tasks * images, colours, 7, 7, generator=generator)
-            return F.interpolate(coarse, (size, size), mode="bilinear").unflatten(0, (tasks, images)).to(dtype)
+            smooth = F.interpolate(coarse, (size, size), mode="bilinear")
+            return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).unflatten(0, (tasks, images)).to(dtype)
 
         y, query_y = torch.arange(ways).repeat_interleave(shots), torch.arange(ways)
         self.tasks = TaskBatch(blobs(ways * shots), y.repeat(tasks, 1), blobs(ways), query_y.repeat(tasks, 1))
@@ -270,6 +271,7 @@ def main() -> None:
     gradient = CONTENDERS[settings.name](Problem(2, *settings.problem[1:], dtype=torch.float64))()
     if os.environ["RANK"] == "0":
         np.savez(settings.gradient, **gradient)
+    forget_peak()
     run = CONTENDERS[settings.name](Problem(*settings.problem))
     run()
     serve(run, ranks)
