@@ -49,9 +49,9 @@ class Problem:
     world: World
     source: TaskSource
     apply: Apply
-    forward_tasks: Apply | None  # the same of many tasks, where the model can
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
+    forward_tasks: Apply | None = None  # `apply` of many tasks at once, where the model can
 
 
 class State(NamedTuple):
@@ -112,7 +112,7 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
         engine = ZeroEngine(model, config, world)
     else:
         engine = TorchEngine({name: p.detach().clone() for name, p in model.named_parameters()}, config, world)
-    problem = Problem(config, world, source, apply, getattr(skeleton, "forward_tasks", None), world.shard(task.batch), dtype)
+    problem = Problem(config, world, source, apply, world.shard(task.batch), dtype, getattr(skeleton, "forward_tasks", None))
     return problem, State(engine, rates.initial(config.rates, world.device), 0)
 
 
