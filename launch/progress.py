@@ -54,7 +54,7 @@ class Progress:
         unsent = self.sender.close(self.config.tracking.timeout) if self.sender else None
         summary = spool.read_json(self.folder / "summary.json")
         rows = [("", "first", "last")] + [
-            (label, _number(summary.get(f"{name}_first")), _number(summary.get(f"{name}_last")))
+            (label, spool.shown(summary.get(f"{name}_first")), spool.shown(summary.get(f"{name}_last")))
             for label, name in (("training loss", "loss"), ("alpha", "alpha"), ("beta", "beta"))]
         print()
         for row in rows:
@@ -66,7 +66,7 @@ class Progress:
             print(f"  validation loss {summary['val_loss']:.4f}")
         reached = summary.get("iterations_to_threshold")
         print(f"  loss under {self.config.loss_threshold:g}: " + (f"iteration {reached}" if reached else "not reached"))
-        print(f"  {_number(summary.get('tasks_per_s'))} tasks/s on {summary.get('world_size')} ranks, "
+        print(f"  {spool.shown(summary.get('tasks_per_s'))} tasks/s on {summary.get('world_size')} ranks, "
               f"{summary.get('seconds', 0):.1f} s; everything is in {self.folder}")
         if self.sender:
             from trainer.tracking import link
@@ -76,7 +76,3 @@ class Progress:
             command, address = link(self.config, self.folder)
             print(f"\nCurves: {self.folder / 'curves.png'}")
             print("Compare runs: " + (f"start  {command}\n  and open  " if command else "") + address)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

@@ -1,7 +1,6 @@
 """Sweeps: every cell an ordinary run, done once, in one table, one store and one figure."""
 from __future__ import annotations
 
-import csv
 import sqlite3
 from pathlib import Path
 
@@ -25,17 +24,12 @@ def wrong(*arguments: object) -> str:
     return line
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_a_sweep_is_done_once_in_one_store_one_table_and_one_figure(tmp_path: Path):
     folder = tmp_path / "first"
     arguments = ("sweep", *SMALL, *GRID, "--seeds", 2, "--loss_threshold", 1000, "--run_dir", folder)
     printed = succeed(*arguments, "--jobs", 2).stdout
     assert "2 of 2" in printed and str(folder / "sweep.csv") in printed
-    rows = table(folder)
+    rows = sweep.read_table(folder)
     assert len(rows) == 8 and {row["status"] for row in rows} == {"FINISHED"}
     assert {(row["rates.alpha"], row["rates.beta"], row["seed"]) for row in rows} == {
         (a, b, s) for a in ("0.001", "0.1") for b in ("0.01", "1.0") for s in "01"}
@@ -65,7 +59,7 @@ def test_a_cell_that_diverges_is_a_result(tmp_path: Path):
     arguments = ("sweep", *SMALL, "--iterations", 300, "--rates.rule", "fixed", "--tracking.uri", "disabled",
                  "--run_dir", tmp_path, "--grid", "rates.beta=1e-3,1e30")
     succeed(*arguments)
-    assert [row["status"] for row in table(tmp_path)] == ["FINISHED", "diverged"]
+    assert [row["status"] for row in sweep.read_table(tmp_path)] == ["FINISHED", "diverged"]
     assert "[1/" not in succeed(*arguments).stdout
 
 

@@ -181,9 +181,8 @@ def meta_gradient(
     chunk: int = 0, recompute: bool | None = None, forward_tasks: Apply | None = None
 ) -> MetaGradient:
     """The sums over a shard of T tasks, `chunk` of them at a time, which bounds the memory (0: all at once on a GPU, on a CPU
-    as many as CHUNK_INPUTS says). `recompute`
-    computes inner steps anew in the backward sweep instead of keeping their graphs: the same numbers, memory that hardly grows
-    with `steps`, for about twice the time (None: above RECOMPUTE_ABOVE steps).
+    as many as CHUNK_INPUTS says). `recompute` computes inner steps anew in the backward sweep instead of keeping their
+    graphs: the same numbers, memory that hardly grows with `steps`, for more time (None: above RECOMPUTE_ABOVE steps).
 
     Without `forward_tasks` each task is differentiated inside vmap: differentiating through vmap gives wrong second
     derivatives with normalisation layers on current torch. `alpha` is a scalar tensor of theta's dtype.

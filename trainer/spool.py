@@ -109,6 +109,11 @@ class Recorder:
         return rows
 
 
+def shown(value: float | None) -> str:
+    """A figure of a summary as people read it."""
+    return "-" if value is None else f"{value:.4g}"
+
+
 def mean_of(lines: list[dict], name: str) -> float | None:
     values = [line[name] for line in lines if name in line]
     return sum(values) / len(values) if values else None

@@ -96,7 +96,7 @@ def work(todo: list[Cell], world: World, stop: Callable[[], bool]) -> bool:
                 print(f"{cell.folder}: not in MLflow ({type(error).__name__}); ship it with alpha-maml sync", flush=True)
         seconds = (time.monotonic() - begun) / number * (len(left) - number)
         reached = summary.get("iterations_to_threshold")
-        print(f"[{number}/{len(left)}] {cell.folder.name}: {status.lower()}, loss {_shown(summary.get('loss_last'))}, "
+        print(f"[{number}/{len(left)}] {cell.folder.name}: {status.lower()}, loss {spool.shown(summary.get('loss_last'))}, "
               f"threshold {f'at {reached}' if reached else 'not reached'}; left {seconds:.0f} s", flush=True)
         if status == "KILLED":
             return False
@@ -140,10 +140,6 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
         losses = [row["loss_last"] for row in group if row["loss_last"] is not None]
         body.append([*(f"{v:g}" if isinstance(v, float) else str(v) for v in values), f"{len(reached)} of {len(group)}",
                      f"{statistics.median(reached):g}" if reached else "-",
-                     _shown(statistics.median(losses) if losses else None)])
+                     spool.shown(statistics.median(losses) if losses else None)])
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     return ["  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in [head, *body]]
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
