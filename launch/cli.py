@@ -177,7 +177,7 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         if state.iteration == 0:
             raise InputError(f"run_dir: {config.run_dir} has no checkpoint yet; train it first")
         alpha = state.rates.alpha.to(problem.dtype)
-        result = measure(problem.apply, problem.source, state.engine.theta(), alpha, known.split, config.evaluation.tasks,
+        result = measure(problem.apply, problem.source, state.engine.learned(), alpha, known.split, config.evaluation.tasks,
                          config.inner.steps, world)
     if world.rank == 0:
         shown = result._asdict() | {"split": known.split, "iteration": state.iteration, "steps": config.inner.steps,

@@ -1,6 +1,8 @@
 """theta's step against torch.optim, and its trust region."""
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_equals_the_optimiser_of_torch(name: str, reference: type):
     settings = Config(outer=Outer(optimizer=name, trust=0.0))
     theirs = {n: p.clone().requires_grad_() for n, p in theta.items()}
     optimiser = reference(theirs.values(), lr=0.01)
-    memory = outer.initial(theta, name)
+    memory = outer.initial(theta, settings)
     for gradient in gradients:
         before = theta
         theta, memory = outer.step(theta, gradient, torch.tensor(0.01, dtype=torch.float64), memory, settings, YES)
@@ -42,21 +44,40 @@ def test_the_trust_region_bounds_each_tensor_by_its_own_norm():
     theta, gradients = start()
     theta["bias"] = torch.zeros_like(theta["bias"])  # may still move, by the floor
     beta = torch.tensor(100.0, dtype=torch.float64)
-    moved, memory = outer.step(theta, gradients[0], beta, outer.initial(theta, "sgd"), Config(), YES)
-    assert float((moved["weight"] - theta["weight"]).norm() / theta["weight"].norm()) == pytest.approx(0.02)
-    assert float(moved["bias"].norm()) == pytest.approx(0.02 * outer.NORM_FLOOR)
+    moved, memory = outer.step(theta, gradients[0], beta, outer.initial(theta, Config()), Config(), YES)
+    first = outer.TRUST["sgd"] / (1 + 1 / outer.TRUST_STEPS) ** 0.5
+    assert float((moved["weight"] - theta["weight"]).norm() / theta["weight"].norm()) == pytest.approx(first)
+    assert float(moved["bias"].norm()) == pytest.approx(first * outer.NORM_FLOOR)
     assert torch.allclose(theta["weight"] - beta * memory.previous["weight"], moved["weight"])
     free = Config(rates=Rates(rule="fixed"))
-    moved, _ = outer.step(theta, gradients[0], beta, outer.initial(theta, "sgd"), free, YES)
+    moved, _ = outer.step(theta, gradients[0], beta, outer.initial(theta, free), free, YES)
     assert torch.allclose(theta["weight"] - 100 * gradients[0]["weight"], moved["weight"]), "MAML has no trust region"
+
+
+def test_the_trust_region_shrinks_as_the_root_of_the_steps():
+    steps = torch.tensor([0.0, 30.0, 990.0], dtype=torch.float64)
+    assert outer.trust_at(0.2, steps).tolist() == pytest.approx([0.2, 0.1, 0.02])
+
+
+def test_the_average_weighs_step_t_by_the_ninth_power_of_t():
+    """Weights of a polynomial average by their closed form: step t of n has (t+8)! / (t-1)! over its sum."""
+    theta, gradients = start()
+    settings = Config(outer=Outer(trust=0.0))
+    memory, seen = outer.initial(theta, settings), []
+    for gradient in gradients:
+        theta, memory = outer.step(theta, gradient, torch.tensor(0.1, dtype=torch.float64), memory, settings, YES)
+        seen.append(theta["weight"])
+    weights = torch.tensor([math.prod(range(t, t + outer.AVERAGED)) for t in range(1, len(seen) + 1)], dtype=torch.float64)
+    expected = sum(w * p for w, p in zip(weights / weights.sum(), seen))
+    assert torch.allclose(memory.average["weight"], expected, rtol=1e-12)
 
 
 def test_an_unusable_iteration_leaves_no_trace():
     theta, gradients = start()
     settings, beta = Config(outer=Outer(optimizer="adam")), torch.tensor(0.1, dtype=torch.float64)
-    theta, memory = outer.step(theta, gradients[0], beta, outer.initial(theta, "adam"), settings, YES)
+    theta, memory = outer.step(theta, gradients[0], beta, outer.initial(theta, settings), settings, YES)
     broken = {n: torch.full_like(g, float("nan")) for n, g in gradients[1].items()}
     same, kept = outer.step(theta, broken, beta, memory, settings, NO)
     assert all(torch.equal(same[n], theta[n]) for n in theta)
-    assert all(torch.equal(a[n], b[n]) for a, b in zip(kept[:3], memory[:3]) for n in theta)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(kept[:4], memory[:4]) for n in theta)
     assert kept.count == memory.count

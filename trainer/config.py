@@ -70,8 +70,10 @@ class Inner:
 class Outer:
     optimizer: Literal["sgd", "adam"] = key("sgd", "theta's step: the paper's SGD, or Adam")
     trust: float | None = key(
-        None, "largest relative step of a tensor per iteration; 0 is none, null is 0.02 under rule adaptive, else none",
-        NOT_NEGATIVE)
+        None, "largest relative step of a tensor in the first iterations, falling as 1/sqrt(1 + t/10); 0 is none, null is 0.2 "
+        "(sgd) or 0.06 (adam) under rule adaptive, else none", NOT_NEGATIVE)
+    average: bool | None = key(
+        None, "evaluate an average of theta over about the last tenth of all iterations; null is true under rule adaptive")
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class Rates:
     beta: float = key(0.001, "first meta rate", POSITIVE)
     alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
     beta_hyperlr: float = key(1e-3, "paper: rate of beta, per product in task.reduction", NOT_NEGATIVE)
-    kappa: float = key(0.2, "adaptive: step of log alpha and log beta per iteration", POSITIVE)
-    gate: float = key(3.0, "adaptive: standard errors by which alpha's mean signal must stand out", NOT_NEGATIVE)
+    kappa: float = key(1.0, "adaptive: largest step of log alpha and log beta per iteration", POSITIVE)
     tolerance: float = key(0.3, "adaptive: opposition of successive meta-gradients that beta endures", NOT_NEGATIVE)
     minimum: float = key(1e-6, "adaptive: lower bound of both rates", POSITIVE)
     maximum: float = key(10.0, "adaptive: upper bound of both rates", POSITIVE)

@@ -21,12 +21,15 @@ class Engine(Protocol):
     def theta(self) -> Params:
         """theta in full, for this iteration's adaptation: detached, valid until the next step."""
 
+    def learned(self) -> Params:
+        """What has been learned, for evaluation: theta's average, or theta where none is kept. Every rank must call."""
+
     def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
         """Sums the shards' meta-gradients over all ranks, asks `decide`, and moves theta."""
 
     def state(self) -> dict[str, Tensor]:
-        """theta.NAME, outer.previous.NAME, outer.mean.NAME, outer.square.NAME, outer.count: in full, on rank 0 at least.
-        Every rank must call. The tensors are never written to again."""
+        """theta.NAME, outer.count, and outer.PART.NAME for each of outer.parts: in full, on rank 0 at least. Every rank must
+        call. The tensors are never written to again."""
 
     def load(self, state: dict[str, Tensor]) -> None:
         """The inverse; `state` is the same on every rank."""
@@ -42,24 +45,23 @@ def unpack_scalars(scalars: Tensor) -> tuple[MetaGradient, Tensor]:
 
 
 class TorchEngine:
-    """Every rank holds theta and takes the same step. One persistent flat buffer carries the whole iteration, theta's
-    gradient and every scalar: small messages cost latency, so there is one."""
+    """Every rank holds theta and takes the same step. One flat buffer carries the whole iteration, theta's gradient and
+    every scalar: small messages cost latency, so there is one."""
 
     def __init__(self, theta: Params, config: Config, world: World):
         self.params, self.config, self.world = theta, config, world
-        self.outer = outer.initial(theta, config.outer.optimizer)
-        self.sizes = [p.numel() for p in theta.values()]
-        like = next(iter(theta.values()))
-        self.buffer = like.new_zeros(sum(self.sizes) + len(MetaGradient._fields[1:]) + 1)
+        self.outer = outer.initial(theta, config)
 
     def theta(self) -> Params:
         return self.params
 
+    def learned(self) -> Params:
+        return self.outer.average or self.params
+
     def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
         flat = [local.gradient[name].flatten() for name in self.params]
-        torch.cat([*flat, pack_scalars(local, stop, self.buffer.dtype)], out=self.buffer)
-        sum_in_place(self.buffer, self.world)
-        *parts, scalars = self.buffer.split([*self.sizes, len(self.buffer) - sum(self.sizes)])
+        pieces = [*flat, pack_scalars(local, stop, flat[0].dtype)]
+        *parts, scalars = sum_in_place(torch.cat(pieces), self.world).split([len(piece) for piece in pieces])
         scale = 1 / self.config.task.batch if self.config.task.reduction == "mean" else 1
         gradient = {name: scale * part.view_as(p) for (name, p), part in zip(self.params.items(), parts)}  # S_t
         sums, stopping = unpack_scalars(scalars)
@@ -70,7 +72,7 @@ class TorchEngine:
 
     def state(self) -> dict[str, Tensor]:
         state = {f"theta.{name}": p for name, p in self.params.items()}
-        for part in ("previous", "mean", "square"):
+        for part in outer.parts(self.config):
             state |= {f"outer.{part}.{name}": t for name, t in getattr(self.outer, part).items()}
         return state | {"outer.count": self.outer.count}
 
@@ -79,4 +81,4 @@ class TorchEngine:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
         self.params = under("theta.")
-        self.outer = outer.Outer(under("outer.previous."), under("outer.mean."), under("outer.square."), state["outer.count"])
+        self.outer = outer.Outer(*(under(f"outer.{part}.") for part in outer.Outer._fields[:-1]), state["outer.count"])

@@ -47,7 +47,7 @@ class MetaGradient(NamedTuple):
 
 def dot(a: Params, b: Params) -> Tensor:
     """Inner product over all tensors, accumulated in float64: in float32 these products are ill-conditioned."""
-    return sum(torch.sum(a[name].double() * b[name].double()) for name in a)
+    return sum(torch.sum(a[name] * b[name], dtype=torch.float64) for name in a)
 
 
 def _dot_each(a: Params, b: Params) -> Tensor:

@@ -11,6 +11,9 @@ from trainer.maml import Params
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 NORM_FLOOR = 0.1  # a tensor that starts at zero may still move
+TRUST = {"sgd": 0.2, "adam": 0.06}  # Adam's momentum keeps one direction for ten steps: sqrt(10) times as far as noise goes
+TRUST_STEPS = 10  # after which the trust region begins to shrink, as the root of the steps
+AVERAGED = 9  # theta's average weighs step t as t^AVERAGED does: about the last tenth of all steps
 
 
 class Outer(NamedTuple):
@@ -20,15 +23,27 @@ class Outer(NamedTuple):
     previous: Params
     mean: Params  # Adam's moments; empty under SGD
     square: Params
-    count: Tensor  # float64 scalar
+    average: Params  # of theta, which evaluation uses; empty where it is not wanted
+    count: Tensor  # steps taken, float64 scalar
 
 
-def initial(theta: Params, optimizer: str) -> Outer:
-    def zeros() -> Params:
-        return {name: torch.zeros_like(p) for name, p in theta.items()}
+def initial(theta: Params, config: Config) -> Outer:
+    memory = {name: {n: torch.zeros_like(p) for n, p in theta.items()} for name in parts(config)}
+    if "average" in memory:
+        memory["average"] = dict(theta)
+    count = torch.zeros((), dtype=torch.float64, device=next(iter(theta.values())).device)
+    return Outer(*(memory.get(name, {}) for name in Outer._fields[:-1]), count)
 
-    moments = (zeros(), zeros()) if optimizer == "adam" else ({}, {})
-    return Outer(zeros(), *moments, torch.zeros((), dtype=torch.float64, device=next(iter(theta.values())).device))
+
+def parts(config: Config) -> list[str]:
+    """The fields of Outer that this configuration fills."""
+    adam = config.outer.optimizer == "adam"
+    return ["previous", *(["mean", "square"] if adam else []), *(["average"] if averages(config) else [])]
+
+
+def averages(config: Config) -> bool:
+    """outer.average, or what the rule for the rates takes: plain MAML and the paper evaluate theta itself."""
+    return config.rates.rule == "adaptive" if config.outer.average is None else config.outer.average
 
 
 def direction(gradient: Tensor, mean: Tensor | None, square: Tensor | None, count: Tensor) -> tuple[Tensor, ...]:
@@ -46,10 +61,22 @@ def trust_of(config: Config) -> float:
     """outer.trust, or what the rule for the rates takes: plain MAML and the paper have no trust region."""
     if config.outer.trust is not None:
         return config.outer.trust
-    return 0.02 if config.rates.rule == "adaptive" else 0.0
+    return TRUST[config.outer.optimizer] if config.rates.rule == "adaptive" else 0.0
 
 
-def trusted(norm: Tensor, length: Tensor, beta: Tensor, trust: float) -> Tensor:
+def trust_at(trust: float, count: Tensor) -> Tensor:
+    """The trust region at the `count`-th step: it shrinks as the root of the steps, as stochastic approximation wants it
+    (Robbins and Monro 1951), so that training needs no horizon to anneal towards."""
+    return trust / (1 + count / TRUST_STEPS).sqrt()
+
+
+def averaged(average: Tensor, moved: Tensor, count: Tensor) -> Tensor:
+    """theta's running average after its `count`-th step, of polynomial decay (Shamir and Zhang 2013): what annealing the
+    rate would gain, without a horizon and without slowing what is to come. The first step replaces it."""
+    return torch.lerp(average, moved, ((AVERAGED + 1) / (count + AVERAGED)).to(moved.dtype))
+
+
+def trusted(norm: Tensor, length: Tensor, beta: Tensor, trust: Tensor) -> Tensor:
     """The factor in (0, 1] that brings a step of beta * length down to trust * norm of the tensor that it moves.
 
     As LARS bounds steps (You et al. 2017): early overshoot would inflate the norms of scale-invariant weights, and
@@ -62,15 +89,18 @@ def trusted(norm: Tensor, length: Tensor, beta: Tensor, trust: float) -> Tensor:
 def step(theta: Params, gradient: Params, beta: Tensor, outer: Outer, config: Config, usable: Tensor) -> tuple[Params, Outer]:
     """theta and memory after one step of size beta along the optimiser's direction; both unchanged where not `usable`."""
     count, trust, rate = outer.count + 1, trust_of(config), beta.to(next(iter(theta.values())).dtype)
-    moved, memory = {}, Outer({}, {}, {}, torch.where(usable, count, outer.count))
+    moved, memory = {}, Outer({}, {}, {}, {}, torch.where(usable, count, outer.count))
     for name, p in theta.items():
         d, mean, square = direction(gradient[name], outer.mean.get(name), outer.square.get(name), count)
         if trust > 0:
             norms = torch.linalg.vector_norm(p).double(), torch.linalg.vector_norm(d).double()
-            d = d * trusted(*norms, beta, trust).to(d.dtype)
+            d = d * trusted(*norms, beta, trust_at(trust, count)).to(d.dtype)
         moved[name] = torch.where(usable, p - rate * d, p)
         memory.previous[name] = torch.where(usable, d, outer.previous[name])
         if mean is not None:
             memory.mean[name] = torch.where(usable, mean, outer.mean[name])
             memory.square[name] = torch.where(usable, square, outer.square[name])
+        if name in outer.average:
+            average = averaged(outer.average[name], moved[name], count)
+            memory.average[name] = torch.where(usable, average, outer.average[name])
     return moved, memory

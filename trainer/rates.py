@@ -97,21 +97,18 @@ def _adaptive(settings: config.Rates, rates: Rates, signals: Signals) -> Rates:
     # (short-horizon bias); only opposition beyond `tolerance` says that theta overshoots.
     beta_signal = signals.product / signals.norms.clamp(min=tiny) + settings.tolerance
 
-    alpha_mean, alpha_square, alpha_step, alpha_deviation = _moments(
-        rates.alpha_mean, rates.alpha_square, alpha_signal, count)
-    beta_mean, beta_square, beta_step, _ = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
-    # A mean over decay 0.9 averages 19 signals' worth; move alpha only where it stands out of its standard error.
-    effective = ((1 + MEAN_DECAY) / (1 - MEAN_DECAY)) ** 0.5
-    significant = (alpha_mean / (1 - MEAN_DECAY**count)).abs() * effective > settings.gate * alpha_deviation
-    alpha = rates.alpha * torch.exp(settings.kappa * torch.where(significant, alpha_step, 0.0))
+    alpha_mean, alpha_square, alpha_step = _moments(rates.alpha_mean, rates.alpha_square, alpha_signal, count)
+    beta_mean, beta_square, beta_step = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
+    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step)
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
     bounds = (settings.minimum, settings.maximum)
     return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)
 
 
-def _moments(mean: Tensor, square: Tensor, signal: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Running mean and square (Adam's, Kingma and Ba 2015), the bias-corrected ratio in about [-1, 1], the deviation."""
+def _moments(mean: Tensor, square: Tensor, signal: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The running mean and square (Adam's, Kingma and Ba 2015), and the cube of their bias-corrected ratio, in about [-1, 1]:
+    nearly all of a step while the signal's sign is steady, next to nothing while it is noise."""
     mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * signal
     square = SQUARE_DECAY * square + (1 - SQUARE_DECAY) * signal**2
     centre, power = mean / (1 - MEAN_DECAY**count), square / (1 - SQUARE_DECAY**count)
-    return mean, square, centre / (power.sqrt() + FLOOR), (power - centre**2).clamp(min=0).sqrt()
+    return mean, square, (centre / (power.sqrt() + FLOOR)) ** 3

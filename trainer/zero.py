@@ -43,7 +43,7 @@ class _Shard(torch.optim.Optimizer):
     def __init__(self, params, config: Config, world: World, tensors: int, sharded: bool):
         super().__init__(params, {"lr": 0.0})  # DeepSpeed wants a rate; ours comes from `decide`
         self.config, self.world, self.tensors, self.sharded = config, world, tensors, sharded
-        self.names = ("previous", "mean", "square") if config.outer.optimizer == "adam" else ("previous",)
+        self.names = outer.parts(config)
         self.pieces: list[Tensor] = []
         self.tensor_of: list[Tensor] = []
         self.count = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -78,13 +78,16 @@ class _Shard(torch.optim.Optimizer):
         count, trust = self.count + 1, outer.trust_of(self.config)
         moved = [outer.direction(g, s.get("mean"), s.get("square"), count) for g, s in zip(gradients, states)]
         if trust > 0:
-            factors = outer.trusted(self._norms(self.pieces), self._norms([d for d, *_ in moved]), beta, trust)
+            lengths = self._norms(self.pieces), self._norms([d for d, *_ in moved])
+            factors = outer.trusted(*lengths, beta, outer.trust_at(trust, count))
         for p, state, tensor_of, (d, *moments) in zip(self.pieces, states, self.tensor_of, moved):
             if trust > 0:
                 d = d * factors[tensor_of].view_as(d).to(d.dtype)
-            for name, x in zip(self.names, (d, *moments)):
-                state[name].copy_(torch.where(usable, x, state[name]))
-            p.copy_(torch.where(usable, p - beta.to(p.dtype) * d, p))
+            new = {"previous": d, "mean": moments[0], "square": moments[1], "theta": p - beta.to(p.dtype) * d}
+            if "average" in state:
+                new["average"] = outer.averaged(state["average"], new["theta"], count)
+            for name, old in ({"theta": p} | state).items():
+                old.copy_(torch.where(usable, new[name], old))
         self.count = torch.where(usable, count, self.count)
 
 
@@ -125,6 +128,8 @@ class ZeroEngine:
         ends = torch.tensor([0, *self.sizes], device=world.device).cumsum(0)
         self.optimizer.hold(list(pieces), [torch.searchsorted(ends, numbers) for numbers in self.number_of])
         self._write(None, values)
+        if "average" in self.optimizer.names:
+            self._write("average", values)
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return list(self.engine.module.named_parameters())
@@ -137,6 +142,9 @@ class ZeroEngine:
     def theta(self) -> Params:
         with self._gathered():
             return {name: p.detach().clone() if self.stage == 3 else p.detach() for name, p in self._named()}
+
+    def learned(self) -> Params:
+        return self._read("average") if "average" in self.optimizer.names else self.theta()
 
     def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
         sums, stopping = unpack_scalars(sum_in_place(pack_scalars(local, stop, torch.float64), self.world))
