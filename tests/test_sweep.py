@@ -72,6 +72,11 @@ def test_parts_divide_the_cells(tmp_path: Path):
     assert all(spool.read_json(path)["status"] == "FINISHED" for path in tmp_path.glob("*/summary.json"))
 
 
+def test_vectorised_is_for_the_torch_engine_alone(tmp_path: Path):
+    line = wrong("--vectorised", "--engine.name", "deepspeed", "--run_dir", tmp_path, *GRID)
+    assert "--vectorised: engine.name deepspeed" in line
+
+
 def test_cells_are_the_product_of_all_values(tmp_path: Path):
     found = sweep.cells(build(None, {"seed": "5"}), ["rates.alpha=1e-3,1e-2", "rates.rule=fixed,adaptive"], 3, tmp_path)
     assert len(found) == 12 == len({cell.folder for cell in found})

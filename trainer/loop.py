@@ -29,6 +29,7 @@ from trainer.maml import Apply, Params, meta_gradient
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
            "hypergradients/beta", "guards/skipped")
+SKIPPED = METRICS.index("guards/skipped")
 HOPELESS = 50  # skipped iterations in a row after which a run has diverged: more than halving alpha from 10 to 1e-6 takes
 
 
@@ -128,10 +129,14 @@ def resume(state: State, folder: Path, world: World) -> State:
         if path is not None:
             checkpoint.load(path, tensors)
             iteration = checkpoint.facts(path)["iteration"]
-    iteration = broadcast_state(tensors, iteration, world)
-    values = [tensors.pop(f"rates.{name}") for name in rates.Rates._fields]
-    state.engine.load(tensors)
-    return State(state.engine, rates.Rates(*values), iteration)
+    return restored(state.engine, tensors, broadcast_state(tensors, iteration, world))
+
+
+def restored(engine: Engine, tensors: dict[str, Tensor], iteration: int) -> State:
+    """The inverse of `snapshot`; `engine` takes the tensors over."""
+    values = {name: tensors[f"rates.{name}"] for name in rates.Rates._fields}
+    engine.load({name: t for name, t in tensors.items() if not name.startswith("rates.")})
+    return State(engine, rates.Rates(**values), iteration)
 
 
 def snapshot(state: State) -> dict[str, Tensor]:
@@ -167,35 +172,46 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
         finished = state.iteration >= config.iterations
         if world.rank == 0:
             if not finished:
-                (folder / "config.yaml").write_text(to_yaml(config))
-                spool.write_json(folder / "status.json", {
-                    "status": "RUNNING", "world_size": world.size, "host": platform.node(), "resumed_at": state.iteration,
-                    "data": problem.source.identity()})
+                begin(folder, config, problem, state.iteration)
             started(folder, finished)
         if finished:
             return "FINISHED"
         saver = checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep)
+        recorder = spool.Recorder(folder if world.rank == 0 else None, METRICS, config.task.batch)
         try:
-            status = _iterate(problem, state, folder, saver, stop_requested, watch)
+            status = _iterate(problem, state, recorder, saver, stop_requested, watch)
         except Diverged:
             diverged = True
             raise
         finally:
+            recorder.close()
             saver.wait()
             if world.rank == 0:
-                facts = {"world_size": world.size, "device": _device_name(world.device), "engine": config.engine.name,
-                         "rule": config.rates.rule, "seconds": time.time() - begun, "status": status, "diverged": diverged,
-                         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-                summary = spool.summarise(spool.read_metrics(folder), config.loss_threshold)
-                spool.write_json(folder / "summary.json", summary | facts)
-                spool.write_json(folder / "status.json", {"status": status})
+                conclude(folder, config, world, begun, status, diverged)
     return status
 
 
-def _iterate(problem: Problem, state: State, folder: Path, saver: checkpoint.Saver, stop_requested: Callable[[], bool],
-             watch: Callable[[int, dict], None]) -> str:
+def begin(folder: Path, config: Config, problem: Problem, iteration: int) -> None:
+    """Leaves in the run's folder what it is and that it runs."""
+    (folder / "config.yaml").write_text(to_yaml(config))
+    spool.write_json(folder / "status.json", {
+        "status": "RUNNING", "world_size": problem.world.size, "host": platform.node(), "resumed_at": iteration,
+        "data": problem.source.identity()})
+
+
+def conclude(folder: Path, config: Config, world: World, begun: float, status: str, diverged: bool) -> None:
+    """Leaves in the run's folder how it ended and what came out."""
+    facts = {"world_size": world.size, "device": _device_name(world.device), "engine": config.engine.name,
+             "rule": config.rates.rule, "seconds": time.time() - begun, "status": status, "diverged": diverged,
+             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    summary = spool.summarise(spool.read_metrics(folder), config.loss_threshold)
+    spool.write_json(folder / "summary.json", summary | facts)
+    spool.write_json(folder / "status.json", {"status": status})
+
+
+def _iterate(problem: Problem, state: State, recorder: spool.Recorder, saver: checkpoint.Saver,
+             stop_requested: Callable[[], bool], watch: Callable[[int, dict], None]) -> str:
     config, world, skipped = problem.config, problem.world, 0
-    recorder = spool.Recorder(folder if world.rank == 0 else None, METRICS, config.task.batch)
     every = 1 if world.device.type == "cpu" else 10  # reading values back makes a GPU wait
     while state.iteration < config.iterations:
         state, values = train_step(problem, state, stop_requested())
@@ -207,7 +223,7 @@ def _iterate(problem: Problem, state: State, folder: Path, saver: checkpoint.Sav
         if not (last or _due(every, state.iteration)):
             continue
         rows = recorder.flush()
-        skipped = next((i for i, row in enumerate(reversed(rows)) if not row[-2]), skipped + len(rows))
+        skipped = next((i for i, row in enumerate(reversed(rows)) if not row[SKIPPED]), skipped + len(rows))
         if skipped >= HOPELESS:
             raise Diverged(f"training diverged: no usable loss in {skipped} iterations up to {state.iteration}, at alpha "
                            f"{rows[-1][3]:.3g} and beta {rows[-1][4]:.3g}; lower rates.alpha and rates.beta, or use "

@@ -74,6 +74,10 @@ class Recorder:
         self.latest: dict[str, float] = {}
         self.clock = time.perf_counter()
 
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
     def add(self, step: int, values: Tensor) -> None:
         """An iteration's values: a device vector that begins with the `names`."""
         self.pending.append((step, int(time.time() * 1000), values, {}))

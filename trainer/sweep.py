@@ -9,14 +9,14 @@ import csv
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import InputError
 from trainer import config as configuration
-from trainer import loop, spool
+from trainer import loop, spool, vectorised
 from trainer.collective import World
 from trainer.config import Config
 
@@ -78,14 +78,23 @@ def finished(cell: Cell) -> bool:
     return summary.get("diverged", False) or (summary.get("iterations") or 0) >= cell.config.iterations
 
 
-def work(todo: list[Cell], world: World, stop: Callable[[], bool]) -> bool:
-    """Trains what is not finished, one cell after the other, and ships each to MLflow; False where a stop was requested."""
-    begun, left = time.monotonic(), [cell for cell in todo if not finished(cell)]
-    for number, cell in enumerate(left, 1):
+def in_turn(left: list[Cell], world: World, stop: Callable[[], bool]) -> Iterator[tuple[int, str]]:
+    """Trains one cell after the other; yields (its position, status) as vectorised.train does."""
+    for position, cell in enumerate(left):
         try:
             status = loop.train(cell.config, world, stop, lambda folder, finished: None, lambda step, metrics: None)
         except loop.Diverged:
-            status = "diverged"
+            status = "DIVERGED"
+        yield position, status
+
+
+def work(todo: list[Cell], world: World, stop: Callable[[], bool], at_once: bool = False) -> bool:
+    """Trains what is not finished, one cell after the other or `at_once` as one program, and ships each to MLflow; False
+    where a stop was requested."""
+    begun, left = time.monotonic(), [cell for cell in todo if not finished(cell)]
+    trained = vectorised.train([cell.config for cell in left], world, stop) if at_once else in_turn(left, world, stop)
+    for number, (position, status) in enumerate(trained, 1):
+        cell = left[position]
         summary = spool.read_json(cell.folder / "summary.json")
         if cell.config.tracking.uri != "disabled":
             from trainer import tracking

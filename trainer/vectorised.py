@@ -1,0 +1,156 @@
+"""Runs that differ only in numbers, trained as one program: the training step mapped over an axis of runs (torch.func.vmap).
+
+theta, its memory and the rates get one more axis in front; the tasks, which such runs share, do not. What a run leaves in its
+folder is what it leaves when it is trained by itself.
+"""
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from trainer import checkpoint, loop, spool
+from trainer import config as configuration
+from trainer.collective import World
+from trainer.config import Config
+
+NUMBERS = ("rates.alpha", "rates.beta", "rates.alpha_hyperlr", "rates.beta_hyperlr", "rates.kappa", "rates.tolerance")
+WINDOW = 50  # iterations between looks at the values: nothing waits for a GPU in between
+SHARE = 0.5  # of the free memory that a chunk of runs may take
+
+
+def together(configs: list[Config]) -> list[list[int]]:
+    """The positions of the configurations that agree in all but NUMBERS and the run's folder, and so can be one program."""
+    groups: dict[tuple, list[int]] = {}
+    for position, config in enumerate(configs):
+        values = configuration.flat_values(config).items()
+        rest = tuple((name, str(value)) for name, value in values if name not in (*NUMBERS, "run_dir"))
+        groups.setdefault(rest, []).append(position)
+    return list(groups.values())
+
+
+def at_once(problem: loop.Problem, state: loop.State, wanted: int) -> int:
+    """How many of `wanted` runs fit the memory at once, by what one iteration of one run takes."""
+    device = problem.world.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held, free = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0]
+        loop.train_step(problem, state, False)
+        taken = torch.cuda.max_memory_allocated(device) - held
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            held, free = _kilobytes("/proc/self/status", "VmRSS"), _kilobytes("/proc/meminfo", "MemAvailable")
+            loop.train_step(problem, state, False)
+            taken = _kilobytes("/proc/self/status", "VmHWM") - held
+        except OSError:  # not Linux
+            return min(wanted, 16)
+    return max(1, min(wanted, int(SHARE * free / max(taken, 1))))
+
+
+def _kilobytes(path: str, name: str) -> int:
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(name))
+
+
+def train(configs: list[Config], world: World, stop_requested: Callable[[], bool]) -> Iterator[tuple[int, str]]:
+    """Trains all, in as few programs as can be, and yields (position in `configs`, status) as each run ends: FINISHED,
+    DIVERGED, or KILLED where a stop was requested; such a run starts again from its beginning. Raises InputError."""
+    for group in together(configs):
+        problem, state = loop.set_up(configs[group[0]], world)
+        problem = replace(problem, forward_tasks=None)  # autograd over tasks cannot be mapped again
+        size = at_once(problem, _copied(state), len(group))
+        for start in range(0, len(group), size):
+            chunk = group[start : start + size]
+            statuses = _train(problem, _copied(state), [configs[i] for i in chunk], stop_requested)
+            yield from zip(chunk, statuses)
+            if "KILLED" in statuses:
+                return
+
+
+def _copied(state: loop.State) -> loop.State:
+    """A state whose engine may change."""
+    return state._replace(engine=copy.copy(state.engine))
+
+
+def _train(problem: loop.Problem, state: loop.State, configs: list[Config], stop_requested: Callable[[], bool]) -> list[str]:
+    begun, world, iterations, every = time.time(), problem.world, problem.config.iterations, problem.config.evaluation.every
+    numbers = {}
+    for name in NUMBERS:
+        values = [configuration.flat_values(config)[name] for config in configs]
+        if set(values) != {configuration.flat_values(problem.config)[name]}:
+            numbers[name] = torch.tensor(values, dtype=torch.float64, device=world.device)
+    tensors = {name: t.expand(len(configs), *t.shape) for name, t in loop.snapshot(state).items()}
+    tensors |= {name: numbers[name] for name in ("rates.alpha", "rates.beta") if name in numbers}
+
+    def run(tensors: dict[str, Tensor], numbers: dict[str, Tensor], iteration: int) -> tuple[dict[str, Tensor], Tensor]:
+        """One iteration of one run."""
+        config = problem.config
+        for name, value in numbers.items():
+            config = configuration.with_key(config, name, value)
+        new, values = loop.train_step(replace(problem, config=config), restored(tensors, config, iteration), False)
+        return loop.snapshot(new), values
+
+    def restored(tensors: dict[str, Tensor], config: Config, iteration: int) -> loop.State:
+        engine = copy.copy(state.engine)
+        engine.config = config
+        return loop.restored(engine, tensors, iteration)
+
+    step, pending = vmap(run, in_dims=(0, 0, None)), []
+    with ExitStack() as locks:
+        runs = [_Run(locks, config, problem, begun) for config in configs]
+        for done in range(1, iterations + 1):
+            tensors, values = step(tensors, numbers, done - 1)
+            pending.append(values)
+            evaluated = done == iterations or (every > 0 and done % every == 0)
+            if not evaluated and len(pending) < WINDOW:
+                continue
+            for i, (one, rows) in enumerate(zip(runs, torch.stack(pending, 1).cpu())):
+                own = {name: t[i].clone() for name, t in tensors.items()}
+                one.take(done, rows, restored(own, configs[i], done), evaluated)
+            pending.clear()
+            if stop_requested():
+                break
+        return [one.end() for one in runs]
+
+
+class _Run:
+    """One of the runs: its folder, held by a lock, and its record."""
+
+    def __init__(self, locks: ExitStack, config: Config, problem: loop.Problem, begun: float):
+        self.config, self.problem, self.folder, self.begun = config, problem, configuration.run_dir(config), begun
+        self.status, self.skipped = "KILLED", 0  # until it comes to another end
+        locks.enter_context(spool.lock(self.folder))
+        loop.check_ownership(self.folder, config)
+        loop.begin(self.folder, config, problem, 0)
+        self.recorder = locks.enter_context(closing(spool.Recorder(self.folder, loop.METRICS, config.task.batch)))
+
+    def take(self, iteration: int, rows: Tensor, state: loop.State, evaluated: bool) -> None:
+        """Records the values of the iterations up to `iteration`, whose state is given; nothing once the run has diverged."""
+        if self.status == "DIVERGED":
+            return
+        for number, row in enumerate(rows, iteration - len(rows) + 1):
+            self.recorder.add(number, row)
+            self.skipped = self.skipped + 1 if row[loop.SKIPPED] else 0
+            if self.skipped >= loop.HOPELESS:
+                self.status = "DIVERGED"
+                break
+        else:
+            if evaluated:
+                self.recorder.extend(loop.validate(self.problem, state))
+            if iteration == self.config.iterations:
+                self.status = "FINISHED"
+                checkpoint.save(self.folder / "checkpoints", iteration, loop.snapshot(state), {
+                    "world_size": 1, "trajectory": configuration.trajectory(self.config)}, self.config.checkpoint.keep)
+        self.recorder.flush()
+
+    def end(self) -> str:
+        diverged = self.status == "DIVERGED"
+        loop.conclude(self.folder, self.config, self.problem.world, self.begun, "FAILED" if diverged else self.status, diverged)
+        return self.status
