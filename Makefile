@@ -10,11 +10,11 @@ train: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/faults --ignore tests/test_slurm.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/faults --ignore tests/test_slurm.py --ignore tests/test_comparison.py
 
-# What needs root, Debian's iproute2 and SLURM: 20 kills, nodes that leave and return, a cluster of two nodes.
+# What needs root and Debian's packages: 20 kills, nodes that leave and return, a cluster of two nodes, MLflow in a browser.
 test-cluster: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/test_slurm.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/test_slurm.py tests/test_comparison.py
 
 # 100 kills; test-cluster does 20. Needs root and iproute2, for nodes as network namespaces.
 faults: .venv/ready

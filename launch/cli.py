@@ -42,8 +42,8 @@ def parser() -> Parser:
             sub.add_argument("--grid", action="append", required=True, metavar="KEY=V,V,...", help="values of one key; repeat")
             sub.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each cell (default: 1)")
             sub.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side (default: 1)")
-            sub.add_argument("--vectorised", action="store_true", help="train cells that differ only in numbers of the rates as "
-                             "one program: faster where a run's operations are small")
+            sub.add_argument("--vectorised", action="store_true", help="train cells that differ only in numbers of the rates "
+                             "as one program: faster where a run's operations are small")
             sub.add_argument("--part", default="1/1", metavar="I/N", help="only the Ith of N parts, as tasks of a job array do")
         if verb in ("train", "sweep"):
             sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the keys below")
@@ -155,6 +155,8 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     if parts == "1":
         rows = sweeping.table(cells, folder)
         print(*sweeping.lines(rows), f"\n{folder / sweeping.TABLE}", sep="\n")
+        if base.tracking.uri != "disabled":
+            print(sweeping.publish(cells))
     return max(codes)
 
 

@@ -73,6 +73,4 @@ class Progress:
 
             if unsent:
                 print(f"alpha-maml: {unsent}", file=sys.stderr)
-            command, address = link(self.config, self.folder)
-            print(f"\nCurves: {self.folder / 'curves.png'}")
-            print("Compare runs: " + (f"start  {command}\n  and open  " if command else "") + address)
+            print(f"\nCurves: {self.folder / 'curves.png'}\n{link(self.config, self.folder)}")

@@ -1,57 +1,16 @@
 """MLflow: everything that was recorded arrives in a real store, whatever the store does meanwhile."""
 from __future__ import annotations
 
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
-import pytest
-from conftest import started
-from processes import ROOT, free_port, run, succeed
+from conftest import Server, started
+from processes import ROOT, run, succeed
 
 from trainer import spool, tracking
 
 QUICK = ("train", "--task.batch", 4, "--evaluation.tasks", 8)
-
-
-class Server:
-    """A real MLflow server on this machine."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.port, self.process = folder, free_port(), None
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> Server:
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-                 "--backend-store-uri", f"sqlite:///{self.folder}/store.db",
-                 "--artifacts-destination", str(self.folder / "artifacts")],
-                stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"})
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return self
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.fixture
-def server(tmp_path: Path):
-    server = Server(tmp_path).start()
-    yield server
-    server.kill()
 
 
 def rows(database: Path, query: str) -> list[tuple]:

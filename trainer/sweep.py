@@ -127,6 +127,20 @@ def table(done: list[Cell], folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def publish(done: list[Cell]) -> str:
+    """Leaves the view of the sweep's comparison page in MLflow; the line that says how to open it, or why it is not there."""
+    from trainer import tracking
+
+    shipped = [cell for cell in done if "experiment_id" in tracking.read_state(cell.folder)]
+    if not shipped:
+        return "Compare runs: none is in MLflow yet; ship them with alpha-maml sync"
+    try:
+        tracking.share(shipped[0].config, shipped[0].folder, len(shipped))
+    except Exception as error:  # the store may be away: the table stands
+        return f"Compare runs: MLflow cannot be reached ({type(error).__name__}); start the same command again later"
+    return tracking.link(shipped[0].config, shipped[0].folder)
+
+
 def read_table(folder: Path) -> list[dict[str, str]]:
     """The rows of a sweep's table, as text; raises InputError where there is none."""
     path = folder / TABLE

@@ -20,7 +20,7 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from trainer import spool
+from trainer import comparison, spool
 from trainer.config import Config, build, flat_values
 
 STATE = "tracking.json"  # run_id, experiment_id and offset: the byte of metrics.jsonl up to which all is in the store
@@ -69,12 +69,22 @@ def read_state(run_dir: Path) -> dict:
         return {}
 
 
-def link(config: Config, run_dir: Path) -> tuple[str, str]:
-    """The command that shows the runs ("" where a server does already), and the address of their comparison."""
+def link(config: Config, run_dir: Path) -> str:
+    """How to look at the runs: the command, where no server shows them already, and the address of their comparison, of a
+    sweep's runs in the view that `share` made, or of all."""
     uri, page = store_uri(config, run_dir), read_state(run_dir).get("experiment_id", "0")
-    command = "" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    command = "" if uri.startswith("http") else f"start  mlflow ui --backend-store-uri {uri}\n  and open  "
     base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return command, f"{base}/#/experiments/{page}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    view = f"&viewStateShareKey={comparison.key(config.tracking.sweep)}" if config.tracking.sweep else ""
+    page = f"{base}/#/experiments/{page}/runs?workflowType=machine_learning&compareRunsMode=CHART{view}"
+    return f"Compare runs: {command}{page}"
+
+
+def share(config: Config, run_dir: Path, runs: int) -> None:
+    """Leaves the view of a sweep of `runs` runs in the store in which the run of `run_dir` is."""
+    sweep = config.tracking.sweep
+    connected(store_uri(config, run_dir)).set_experiment_tag(
+        read_state(run_dir)["experiment_id"], comparison.TAG + comparison.key(sweep), comparison.view(sweep, runs))
 
 
 def ship(run_dir: Path, ended: Callable[[], bool], patience: float) -> dict:
@@ -104,21 +114,27 @@ def ship(run_dir: Path, ended: Callable[[], bool], patience: float) -> dict:
                 wait = min(2 * wait, LONGEST_WAIT)
 
 
+def connected(uri: str):
+    """A client of the store, which is created where it is a database that is not there yet."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # `ship` retries, and says so
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+
+    with _initialised(uri):
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
 class Shipment:
     """One connection to the store: the run, found again or created, and what of the folder it still lacks."""
 
     def __init__(self, config: Config, run_dir: Path):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # `ship` retries, and says so
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        from mlflow import MlflowClient
-
         self.config, self.run_dir, self.uri = config, run_dir, store_uri(config, run_dir)
         self.state = {"offset": 0} | read_state(run_dir) | {"complete": False}
-        with _initialised(self.uri):
-            self.client = MlflowClient(tracking_uri=self.uri)
-            self.client.search_experiments(max_results=1)
+        self.client = connected(self.uri)
         if "run_id" not in self.state:
             self._create()
         self.client.update_run(self.state["run_id"], status="RUNNING")
