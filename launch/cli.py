@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -55,6 +54,8 @@ def parser() -> Parser:
             which = sub.add_mutually_exclusive_group(required=True)
             which.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="the runs' folders: losses and rates")
             which.add_argument("--sweep", type=Path, metavar="DIR", help="a sweep's folder: maps of its grid")
+            which.add_argument("--column", action="append", nargs="+", metavar="WORD", help="a title and runs' folders: a "
+                               "column of the paper's first figure, rates and losses in rows; repeat")
             sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure; .png and .svg are written")
             continue
         if verb == "sync":
@@ -196,35 +197,23 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from trainer import spool
-    from trainer.figures import draw_curves, draw_maps
+    from trainer import report as reporting
 
-    if known.sweep:
-        from trainer.sweep import RESULTS, read_table
-
-        rows = read_table(known.sweep)
-        keys = [key for key in rows[0] if key not in RESULTS and key != "seed"]
-        if len(keys) < 2:
-            raise InputError(f"--sweep: {known.sweep} varies only {', '.join(keys) or 'the seed'}; a map needs two keys")
-        return written(known.out, lambda: draw_maps(rows, keys, known.out))
-    runs, thresholds = [], set()
-    for folder in known.runs:
-        config, lines = run_config(folder, {}), spool.read_metrics(folder)
-        if not lines:
-            raise InputError(f"--runs: {folder} has recorded no iteration yet; train it first")
-        rates = config.rates
-        runs.append((f"{rates.rule}, from alpha {rates.alpha:g}, beta {rates.beta:g}", lines))
-        thresholds.add(config.loss_threshold)
-    return written(known.out, lambda: draw_curves(runs, known.out, thresholds.pop() if len(thresholds) == 1 else None))
-
-
-def written(target: Path, draw: Callable[[], list[Path]]) -> int:
-    """Draws into the target's folder and prints the files; raises InputError where it cannot be written."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        print(*draw(), sep="\n")
+        known.out.parent.mkdir(parents=True, exist_ok=True)
+        if known.sweep:
+            paths, runs = reporting.maps(known.sweep, known.out), sorted(known.sweep.glob("*/tracking.json"))
+            first = runs[0].parent if runs else known.sweep
+        elif known.column:
+            paths, first = reporting.columns(known.column, known.out), Path(known.column[0][1])
+        else:
+            paths, first = reporting.curves(known.runs, known.out), known.runs[0]
     except OSError as error:
-        raise InputError(f"--out: {target} cannot be written ({error.strerror}); choose another file") from None
+        raise InputError(f"--out: {known.out} cannot be written ({error.strerror}); choose another file") from None
+    print(*paths, sep="\n")
+    complaint = reporting.log(paths, first)
+    if complaint:
+        print(f"alpha-maml: {known.out}: {complaint}", file=sys.stderr)
     return 0
 
 

@@ -27,6 +27,9 @@ SHARE_TO_SAVE = 0.75  # of the seconds before the limit; after these the job is 
 def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", type=Path, nargs="+", default=[None], metavar="FILE",
                      help="YAML files of the keys below; several are an array, one task each")
+    sub.add_argument("--grid", action="append", default=[], metavar="KEY=V,V,...",
+                     help="values of one key, repeated: the cells of a sweep are an array, as those of alpha-maml sweep")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="with --grid: runs of each cell (default: 1)")
     sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of each job (default: 1)")
     sub.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="0 trains on CPUs (default: 0)")
     sub.add_argument("--processes-per-node", type=int, metavar="P", help="default: one for each GPU, else 1")
@@ -46,6 +49,15 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def submit(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Writes and submits the script, or prints it. Raises InputError for wrong input, and where SLURM is absent or refuses."""
     configs = [configuration.build(file, overrides) for file in known.config]
+    if known.grid:
+        from trainer import sweep
+
+        if len(configs) > 1 or configs[0].run_dir is None:
+            raise InputError("--grid: a sweep needs one --config, and its folder in --run_dir; give both")
+        if known.seeds < 1:
+            raise InputError(f"--seeds: {known.seeds} must be 1 or more; correct it")
+        configs = [cell.config for cell in sweep.cells(configs[0], known.grid, known.seeds, Path(configs[0].run_dir))]
+        known.config = known.config * len(configs)
     configs = [replace(config, run_dir=str(configuration.run_dir(config).resolve())) for config in configs]
     _check(known, configs)
     place = Path(configs[0].run_dir).parent / "slurm"
@@ -65,6 +77,8 @@ def submit(known: argparse.Namespace, overrides: dict[str, str]) -> int:
           + f" is in the queue; its log: {place / log}; its script: {path}")
     for config in configs:
         print(f"run: {config.run_dir}")
+    if known.grid:
+        print("its table, once the array is done: alpha-maml sweep with the same --config, --grid, --seeds and --run_dir")
     return 0
 
 

@@ -198,6 +198,16 @@ def test_dry_run_prints_the_script_and_leaves_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_grid_is_an_array_of_a_sweeps_cells(tmp_path: Path):
+    grid = ("--grid", "rates.alpha=1e-3,1e-1", "--grid", "rates.beta=1e-2,1", "--seeds", 2, "--run_dir", tmp_path / "grid")
+    text = succeed("slurm", "--config", "configs/quickstart.yaml", *grid, "--dry-run", PATH="/none").stdout
+    assert "\n#SBATCH --array=0-7\n" in text and text.count("\n    run_dir=") == 8
+    assert "rates.alpha=0.1,rates.beta=0.01,seed=1" in text and "--tracking.sweep=grid" in text
+    for words in (grid[:-2], ("--config", "configs/quickstart.yaml", "configs/omniglot_5w1s.yaml", *grid)):
+        result = run("slurm", *words)
+        assert result.returncode == 2 and "--grid: a sweep needs one --config" in result.stderr
+
+
 def test_the_script_holds_the_whole_configuration():
     config = configuration.build(None, {
         "model.args": "{width: 6, name: 'a b: ''c'''}", "rates.alpha": "0.1", "task.batch": "7", "outer.trust": "0",

@@ -12,6 +12,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 STYLES = ("-", "--", "-.", ":")
 PANELS = (("loss/train", "training loss (dots: validation)", "linear"), ("rates/alpha", "inner rate alpha", "log"),
           ("rates/beta", "meta rate beta", "log"))
+ROWS = (("rates/alpha", "inner rate alpha"), ("rates/beta", "meta rate beta"), ("loss/train", "training loss"),
+        ("loss/val", "validation loss"))
+NEEDED = tuple(name for name, *_ in PANELS)  # metrics without which there is nothing to draw
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
@@ -62,6 +65,48 @@ def draw_curves(runs: list[tuple[str, list[dict]]], target: Path, threshold: flo
     if threshold is not None:
         axes[0].axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
     figure.legend(loc="outside lower center", ncols=min(len(runs), 3), frameon=False)
+    return _save(figure, target)
+
+
+def draw_columns(columns: list[tuple[str, list[tuple[str, list[dict]]]]], target: Path) -> list[Path]:
+    """The rates and the losses in four rows, as `target`.png and .svg; a column for each (title, runs), whose runs are as in
+    `draw_curves`. A row has one scale over all columns: logarithmic for rates that stay positive, the values of most of the
+    iterations for losses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = 1 + 3.6 * len(columns), 10.5
+    figure, axes = pyplot.subplots(len(ROWS), len(columns), figsize=size, layout="constrained", squeeze=False, sharey="row",
+                                   sharex="col")
+    for (name, title), row in zip(ROWS, axes):
+        drawn = []
+        for axis, (_, runs) in zip(row, columns):
+            for number, (label, lines) in enumerate(runs):
+                look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                if not points:
+                    continue
+                steps, values = zip(*points)
+                if name == "loss/train":
+                    values = _smooth(values, 5)
+                axis.plot(steps, values, label=label, linewidth=1.6, marker="o" if len(values) < 30 else None, markersize=3.5,
+                          **look)
+                drawn.extend(values)
+            axis.grid(alpha=0.25)
+        row[0].set_ylabel(title)
+        if name.startswith("rates/") and drawn and min(drawn) > 0:
+            row[0].set_yscale("log")
+        elif drawn:
+            ordered = sorted(drawn)
+            low, high = ordered[0], ordered[-1 - len(ordered) // 50]
+            row[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low) or None)
+    for column, (title, _) in enumerate(columns):
+        axes[0][column].set_title(title)
+        axes[-1][column].set_xlabel("meta-iteration")
+        handles, names = axes[0][column].get_legend_handles_labels()
+        axes[-1][column].legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.28), frameon=False, fontsize=8)
     return _save(figure, target)
 
 

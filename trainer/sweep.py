@@ -147,7 +147,11 @@ def read_table(folder: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise InputError(f"--sweep: {folder} is no sweep's folder, it has no {TABLE}; give one in which alpha-maml sweep ended")
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for name in RESULTS:
+        if not rows or name not in rows[0]:
+            raise InputError(f"--sweep: {path} has no column {name}; start alpha-maml sweep again, which writes it anew")
+    return rows
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:

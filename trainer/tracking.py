@@ -87,6 +87,17 @@ def share(config: Config, run_dir: Path, runs: int) -> None:
         read_state(run_dir)["experiment_id"], comparison.TAG + comparison.key(sweep), comparison.view(sweep, runs))
 
 
+def log_figure(config: Config, run_dir: Path, paths: list[Path]) -> None:
+    """Files as artifacts of a run of their own in the experiment of the run in `run_dir`, found again by its name."""
+    client, experiment = connected(store_uri(config, run_dir)), read_state(run_dir)["experiment_id"]
+    name = f"report {paths[0].stem}"
+    found = client.search_runs([experiment], f"attributes.run_name = {json.dumps(name)}", max_results=1)
+    run_id = (found[0] if found else client.create_run(experiment, run_name=name, tags={"report": paths[0].stem})).info.run_id
+    for path in paths:
+        client.log_artifact(run_id, str(path), "figures")
+    client.set_terminated(run_id, "FINISHED")
+
+
 def ship(run_dir: Path, ended: Callable[[], bool], patience: float) -> dict:
     """Ships `run_dir` until `ended()` and everything is in the store; then at most `patience` seconds more, after which
     it raises the store's last error. Returns the sender's state. Only one sender works on a folder at a time."""

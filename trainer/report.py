@@ -1,0 +1,87 @@
+"""Figures over runs that have been trained: what to read, what to call each run, and where the figure goes."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.errors import InputError
+from trainer import config as configuration
+from trainer import figures, spool, tracking
+from trainer.config import Config
+
+METHODS = {"fixed": "MAML", "paper": "Alpha MAML, paper's rule", "adaptive": "Alpha MAML, adaptive"}
+# What may differ from run to run without being what a figure compares.
+UNNAMED = ("rates.rule", "run_dir", "tracking.", "checkpoint.", "evaluation.", "iterations")
+
+
+class Recorded(NamedTuple):
+    folder: Path
+    config: Config
+    lines: list[dict]  # of metrics.jsonl
+
+
+def read(folder: Path, needed: tuple[str, ...]) -> Recorded:
+    """A run's configuration and metrics; raises InputError where it has none, or none of a `needed` one."""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"--runs: {folder} is not a run's folder (it has no config.yaml); give one that is")
+    lines = spool.read_metrics(folder)
+    if not lines:
+        raise InputError(f"--runs: {folder} has recorded no iteration yet; train it first")
+    for name in needed:
+        if not any(name in line for line in lines):
+            raise InputError(f"--runs: {folder} has recorded no {name}, which the figure shows; give a run that has")
+    return Recorded(folder, configuration.build(folder / "config.yaml", {}), lines)
+
+
+def labels(runs: list[Recorded]) -> list[str]:
+    """What to call each run beside the others: its method, and the keys in which they differ."""
+    values = [configuration.flat_values(run.config) for run in runs]
+    differing = [name for name in values[0] if not name.startswith(UNNAMED) and len({str(v[name]) for v in values}) > 1]
+    return [", ".join([METHODS[run.config.rates.rule], *(f"{name.split('.')[-1]} {_spelled(v[name])}" for name in differing)])
+            for run, v in zip(runs, values)]
+
+
+def _spelled(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def curves(folders: list[Path], target: Path) -> list[Path]:
+    """Losses and rates of the runs side by side."""
+    runs = [read(folder, figures.NEEDED) for folder in folders]
+    thresholds = {run.config.loss_threshold for run in runs}
+    named = [(label, run.lines) for label, run in zip(labels(runs), runs)]
+    return figures.draw_curves(named, target, thresholds.pop() if len(thresholds) == 1 else None)
+
+
+def columns(groups: list[list[str]], target: Path) -> list[Path]:
+    """The paper's first figure: rates and losses in rows, a column for each [title, folder, ...]."""
+    drawn = []
+    for title, *folders in groups:
+        if not folders:
+            raise InputError(f"--column: {title!r} has no runs; write --column TITLE DIR DIR ...")
+        runs = [read(Path(folder), figures.NEEDED) for folder in folders]
+        drawn.append((title, [(label, run.lines) for label, run in zip(labels(runs), runs)]))
+    return figures.draw_columns(drawn, target)
+
+
+def maps(folder: Path, target: Path) -> list[Path]:
+    """Iterations to the threshold over the grid of a sweep."""
+    from trainer import sweep  # imports torch
+
+    rows = sweep.read_table(folder)
+    keys = [key for key in rows[0] if key not in sweep.RESULTS and key != "seed"]
+    if len(keys) < 2:
+        raise InputError(f"--sweep: {folder} varies only {', '.join(keys) or 'the seed'}; a map needs two keys")
+    return figures.draw_maps(rows, keys, target)
+
+
+def log(paths: list[Path], folder: Path) -> str | None:
+    """Puts the figure into the MLflow experiment of the run in `folder`, as a run of its own named after the file; a line
+    that says why not, or None."""
+    if "experiment_id" not in tracking.read_state(folder):
+        return None  # a run that is not tracked
+    try:
+        tracking.log_figure(configuration.build(folder / "config.yaml", {}), folder, paths)
+    except Exception as error:  # the store may be away: the files are written
+        return f"not in MLflow ({type(error).__name__}); run the same command again to put it there"
+    return None
