@@ -24,6 +24,7 @@ faults: .venv/ready
 bench: .venv/bench
 	LEARN2LEARN=$(CURDIR)/.venv/learn2learn $(BIN)/python tests/benchmarks/bench.py
 	$(BIN)/python tests/benchmarks/iteration.py
+	$(BIN)/python tests/benchmarks/vectorised.py
 
 # learn2learn does not build on a current Python: its source distribution is unpacked and its MAML class used from there.
 .venv/bench: .venv/ready
