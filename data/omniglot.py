@@ -10,6 +10,7 @@ import io
 import os
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from data.errors import InputError
 from data.tasks import TaskBatch, classification_loss, draw, draw_subset
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ARCHIVES = {
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
@@ -49,6 +53,13 @@ def find_archives(root: str | None, cache: Path) -> list[Path]:
     return paths
 
 
+def prepare(image: Image) -> np.ndarray:
+    """A dark drawing on a light ground, of PIL and any size, as uint8 [28, 28] with ink = 255."""
+    from PIL import Image
+
+    return 255 - np.asarray(image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+
+
 def decode_archive(path: Path) -> dict[str, np.ndarray]:
     """Character path -> uint8 [20, 28, 28], ink = 255. Nothing is extracted to disk.
 
@@ -67,8 +78,8 @@ def decode_archive(path: Path) -> dict[str, np.ndarray]:
                 with Image.open(io.BytesIO(archive.read(entry)), formats=["PNG"]) as image:
                     if image.size != (105, 105):
                         raise ValueError(f"{entry.filename} is {image.size[0]} x {image.size[1]}, not 105 x 105")
-                    small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-                drawings.setdefault(entry.filename.rsplit("/", 1)[0], []).append(255 - np.asarray(small))
+                    small = prepare(image)
+                drawings.setdefault(entry.filename.rsplit("/", 1)[0], []).append(small)
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, SyntaxError) as error:
         raise InputError(f"data.root: {path} is not a whole Omniglot archive ({error}); {REMEDY}") from None
     for name, images in drawings.items():

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +23,7 @@ VERBS = {
     "slurm": "train as a SLURM job, which comes back until the run is finished",
     "sweep": "train every cell of a grid of values, each as a run of its own; the same command again does what is left",
     "evaluate": "test a trained run on held-out tasks",
+    "adapt": "learn a new task from a few examples and predict with a trained run",
     "report": "draw losses and rates of several runs side by side",
     "sync": "ship to MLflow what a run that has ended left unsent",
 }
@@ -58,8 +61,16 @@ def parser() -> Parser:
                                "column of the paper's first figure, rates and losses in rows; repeat")
             sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure; .png and .svg are written")
             continue
-        if verb == "sync":
-            sub.add_argument("--run_dir", type=Path, required=True, help="the run's folder")
+        if verb in ("sync", "adapt"):
+            sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
+        if verb == "adapt":
+            for name, what in (
+                    ("support", "the task's labelled examples: a folder of images for each class, or an .npz with x, y"),
+                    ("query", "what to predict: a folder of images, or an .npz file with x; labels, if there are, are scored")):
+                sub.add_argument(f"--{name}", type=Path, required=True, metavar="DIR_OR_NPZ", help=what)
+            sub.add_argument("--out", type=Path, metavar="FILE", help="the predictions as CSV (default: printed)")
+            sub.add_argument("--inner.steps", type=int, metavar="K", dest="steps", help="gradient steps (default: the run's K)")
+        if verb in ("sync", "adapt"):
             continue
         for name, (item, kind) in configuration.keys().items():
             value = configuration.default(item)
@@ -81,7 +92,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             configuration.checked(name, value, f"{unknown[0]} on the command line")
             raise InputError(f"command line: {unknown[0]} is not for {known.verb}; see alpha-maml {known.verb} --help")
         known.words = words
-        code = {"train": train, "sweep": sweep, "evaluate": evaluate, "report": report, "sync": sync,
+        code = {"train": train, "sweep": sweep, "evaluate": evaluate, "adapt": adapt, "report": report, "sync": sync,
                 "slurm": slurm.submit}[known.verb](known, overrides)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node is enough
@@ -193,6 +204,36 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         for name in ("accuracy", "accuracy_ci95"):
             shown[name] = None if shown[name] != shown[name] else shown[name]
         print(json.dumps(shown))
+    return 0
+
+
+def adapt(known: argparse.Namespace, overrides: dict[str, str]) -> int:
+    import data
+    from data import examples
+
+    config = run_config(known.run_dir, {})
+    prepare = data.described(config.data.name, config.task.ways).prepare
+    support, query = (examples.read(path, f"--{name}", prepare)
+                      for name, path in (("support", known.support), ("query", known.query)))
+    if support.y is None:
+        raise InputError(f"--support: {known.support} has no labels; give a folder for each class, or an .npz file with y")
+    if known.steps is not None and known.steps < 0:
+        raise InputError(f"--inner.steps: {known.steps} must be 0 or more; correct it")
+    from trainer.learner import load
+
+    learner = load(known.run_dir)
+    try:
+        rows = learner.fit(support.x, support.y, known.steps).table(query.x, query.names)
+    except ValueError as error:
+        raise InputError(f"adapt: {error} (--support {known.support}, --query {known.query})") from None
+    try:
+        with known.out.open("w", newline="") if known.out else nullcontext(sys.stdout) as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    except OSError as error:
+        raise InputError(f"--out: {known.out} cannot be written ({error.strerror}); choose another file") from None
+    if query.y is not None and not learner.regression:
+        right = sum(str(row[1]) == str(label) for row, label in zip(rows[1:], query.y))
+        print(f"accuracy {100 * right / len(query.y):.2f} % of {len(query.y)} examples", file=sys.stderr)
     return 0
 
 

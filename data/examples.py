@@ -1,0 +1,79 @@
+"""Examples that a user brings to a trained run: a folder of images, or an .npz archive of arrays."""
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.errors import InputError
+
+PIXELS = 2**26  # of an image at most: more is not a photograph but a way to fill the memory
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+Prepare = Callable[["Image"], np.ndarray]  # noqa: F821  an image of PIL's -> the model's input
+
+
+class Examples(NamedTuple):
+    x: np.ndarray  # [n, *input]
+    y: np.ndarray | None  # [n], where they are labelled
+    names: list[str]
+
+
+def read(path: Path, option: str, prepare: Prepare | None) -> Examples:
+    """The examples of a folder of images (one folder a class inside, or all in one without labels), or of an archive with the
+    arrays x and, where they are labelled, y. `prepare` is None where the model takes no images.
+
+    Raises InputError, which names `option`, the file, and what is wrong with it.
+    """
+    if path.suffix == ".npz":
+        return _arrays(path, option)
+    if not path.is_dir():
+        raise InputError(f"{option}: {path} is neither a folder nor an .npz file; give one of the two")
+    if prepare is None:
+        raise InputError(f"{option}: {path} is a folder, and this run takes no images; give an .npz file with the array x")
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [(file, folder.name) for folder in classes for file in _images(folder)] or [(file, "") for file in _images(path)]
+    for folder in classes:
+        if not _images(folder):
+            raise InputError(f"{option}: {folder} holds no image; put some into it, or remove it")
+    if not found:
+        raise InputError(f"{option}: {path} holds no image ({', '.join(SUFFIXES)}); give a folder that does")
+    x = np.stack([_image(file, option, prepare) for file, _ in found])
+    labels = np.array([label for _, label in found]) if classes else None
+    return Examples(x, labels, [str(file.relative_to(path)) for file, _ in found])
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def _image(file: Path, option: str, prepare: Prepare) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, at most {PIXELS} are read")
+            return prepare(image)
+    except Exception as error:  # Pillow raises a dozen kinds for a file that is no image
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"{option}: {file} cannot be read as an image ({reason}); replace or remove it") from None
+
+
+def _arrays(path: Path, option: str) -> Examples:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files if name in ("x", "y")}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"{option}: {path} cannot be read as an .npz archive of arrays ({reason}); write it with "
+                         "numpy.savez") from None
+    if "x" not in arrays:
+        raise InputError(f"{option}: {path} has no array x; write it with numpy.savez(file, x=..., y=...)")
+    x, y = arrays["x"], arrays.get("y")
+    if x.ndim == 0 or (y is not None and y.shape[:1] != x.shape[:1]):
+        raise InputError(f"{option}: {path} has x of shape {x.shape} and y of shape {None if y is None else y.shape}; give one "
+                         "y for each x")
+    return Examples(x, y, [str(i) for i in range(len(x))])
