@@ -6,6 +6,7 @@ folder is what it leaves when it is trained by itself.
 from __future__ import annotations
 
 import copy
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -23,6 +24,7 @@ from trainer.config import Config
 
 NUMBERS = ("rates.alpha", "rates.beta", "rates.alpha_hyperlr", "rates.beta_hyperlr", "rates.kappa", "rates.tolerance")
 WINDOW = 50  # iterations between looks at the values: nothing waits for a GPU in between
+LINE_SECONDS = 10.0  # between lines of progress
 SHARE = 0.5  # of the free memory that a chunk of runs may take
 
 
@@ -46,11 +48,12 @@ def at_once(problem: loop.Problem, state: loop.State, wanted: int) -> int:
         taken = torch.cuda.max_memory_allocated(device) - held
     else:
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # what an earlier chunk freed is not this one's
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             held, free = _kilobytes("/proc/self/status", "VmRSS"), _kilobytes("/proc/meminfo", "MemAvailable")
             loop.train_step(problem, state, False)
             taken = _kilobytes("/proc/self/status", "VmHWM") - held
-        except OSError:  # not Linux
+        except (OSError, AttributeError):  # not Linux, not glibc
             return min(wanted, 16)
     return max(1, min(wanted, int(SHARE * free / max(taken, 1))))
 
@@ -102,7 +105,7 @@ def _train(problem: loop.Problem, state: loop.State, configs: list[Config], stop
         engine.config = config
         return loop.restored(engine, tensors, iteration)
 
-    step, pending = vmap(run, in_dims=(0, 0, None)), []
+    step, pending, shown = vmap(run, in_dims=(0, 0, None)), [], time.monotonic()
     with ExitStack() as locks:
         runs = [_Run(locks, config, problem, begun) for config in configs]
         for done in range(1, iterations + 1):
@@ -115,6 +118,9 @@ def _train(problem: loop.Problem, state: loop.State, configs: list[Config], stop
                 own = {name: t[i].clone() for name, t in tensors.items()}
                 one.take(done, rows, restored(own, configs[i], done), evaluated)
             pending.clear()
+            if time.monotonic() - shown > LINE_SECONDS:
+                shown = time.monotonic()
+                print(f"{done}/{iterations} iterations of {len(runs)} runs at once", flush=True)
             if stop_requested():
                 break
         return [one.end() for one in runs]
