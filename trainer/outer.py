@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.maml import Params
+from trainer.inner import Params
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 NORM_FLOOR = 0.1  # a tensor that starts at zero may still move
