@@ -88,3 +88,11 @@ def rates_of_step(alpha: Tensor, loop: InnerLoop, theta: Params, k: int) -> Para
                 for name, part in zip(names, alpha.split([theta[name].numel() for name in names]))}
     row = alpha[min(k, len(alpha) - 1)] if loop.alpha_shape == "layer_step" else alpha
     return dict(zip(names, row.unbind()))
+
+
+def means(alpha: Tensor, loop: InnerLoop, theta: Params) -> dict[str, float]:
+    """The mean rate of each tensor, as alpha/NAME; nothing where all share one."""
+    if loop.alpha_shape == "scalar":
+        return {}
+    steps = [rates_of_step(alpha, loop, theta, k) for k in range(loop.steps)]
+    return {f"alpha/{name}": float(torch.stack([rates[name].mean() for rates in steps]).mean()) for name in steps[0]}

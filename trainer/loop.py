@@ -257,9 +257,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def validate(problem: Problem, state: State) -> dict[str, float]:
-    """Metrics of the validation split with the current theta and alpha."""
+    """Metrics of the validation split with the current theta and alpha, and the mean rate of each tensor that has its own."""
     config = problem.config
     alpha = state.rates.alpha.to(problem.dtype)
     result = evaluate(problem.apply, problem.source, state.engine.learned(), alpha, "val", config.evaluation.tasks,
                       problem.inner(state.iteration), problem.world)
-    return {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
+    found = {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
+    return found | inner.means(state.rates.alpha, problem.inner(state.iteration), state.engine.learned())
