@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from trainer.config import Config
 
 Result = TypeVar("Result")
 # What an evaluation may do in another way than the training did, of the keys that decide theta.
-MAY_DIFFER = ("data.name", "task.shots", "task.queries", "inner.steps", "seed", "precision")
+MAY_DIFFER = ("data.", "task.shots", "task.min_shots", "task.queries", "inner.steps", "seed", "precision")
 
 
 def add_options(sub: argparse.ArgumentParser, verb: str) -> None:
@@ -53,23 +54,23 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     from trainer import loop, tracking
 
     with runtime.world(config.device, config.engine.timeout) as world:
-        if world.rank == 0:
-            with _written(out):
-                out.mkdir(parents=True, exist_ok=True)
         # More ranks than tasks in an iteration of the training are welcome here.
         problem, state = loop.set_up(configuration.with_key(config, "task.batch", max(config.task.batch, world.size)), world)
         state = loop.resume(state, folder, world)
         if state.iteration == 0:
             raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
+        if world.rank == 0:
+            with _written(out):
+                out.mkdir(parents=True, exist_ok=True)
         alpha = state.rates.alpha.to(problem.dtype)
         bar = partial(tqdm, unit="task", unit_scale=evaluation.CHUNK * world.size, disable=True if world.rank else None,
                       leave=False, dynamic_ncols=True)
         result = evaluation.evaluate(problem.apply, problem.source, state.engine.learned(), alpha, known.split,
-                                     config.evaluation.tasks, range(config.inner.steps + 1), world, bar)
+                                     config.evaluation.tasks, config.inner.steps, world, curve=True, progress=bar)
     if world.rank == 0:
         summary = result.summary() | {
             "split": known.split, "iteration": state.iteration, "steps": config.inner.steps, "ways": config.task.ways,
-            "shots": config.task.shots, "queries": config.task.queries, "alpha": float(alpha), "out": str(out)}
+            "shots": config.task.shots, "queries": config.task.queries, "alpha": float(alpha.mean()), "out": str(out)}
         with _written(out):
             paths = evaluation.write(result, summary, out)
         print(json.dumps(summary), flush=True)
@@ -86,11 +87,11 @@ def _name(split: str, trained: Config, config: Config) -> str:
     for key, value in configuration.trajectory(config).items():
         if value == before[key]:
             continue
-        if key not in MAY_DIFFER:
+        if not key.startswith(MAY_DIFFER):
             raise InputError(f"{key}: {value} is not what the run was trained with, {before[key]}, and cannot differ in an "
                              "evaluation; leave it out")
         words.append(f"{key.rpartition('.')[2]}{value}")
-    return "-".join(words)
+    return re.sub(r"[^\w.-]+", ".", "-".join(words))  # a folder's name, and a metric's
 
 
 def adapt(known: argparse.Namespace, overrides: dict[str, str]) -> int:

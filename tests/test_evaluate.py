@@ -82,7 +82,7 @@ def test_calibration_of_known_answers(logits: list, expected: float):
             return TaskBatch(x, y, x, y)
 
     result = evaluate(lambda params, x: x + 0 * params["w"], Known(), {"w": torch.zeros(())}, torch.tensor(0.1), "test", 11,
-                      (0, 1), World())
+                      1, World())
     assert result.ece == pytest.approx(expected, abs=1e-6) and float(result.reliability[:, 0].sum()) == 22
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from data.tasks import TaskBatch, TaskSource
+from data.tasks import Loss, TaskBatch, TaskSource
 from trainer.collective import World, sum_in_place
 from trainer.maml import Apply, Params, adapt
 
@@ -73,16 +73,18 @@ def _or_null(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, split: str, tasks: int, after: Sequence[int],
-             world: World, progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Evaluation:
-    """Adapts to `tasks` tasks of `split` (always the same ones) with steps of size alpha, and answers their queries after each
-    of the rising counts `after` of steps. `progress` wraps this rank's chunks of tasks while they are worked on."""
+def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, split: str, tasks: int, steps: int, world: World,
+             curve: bool = False, progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Evaluation:
+    """Adapts to `tasks` tasks of `split` (always the same ones) with `steps` steps of size alpha, and answers their queries
+    after the last step, or for a `curve` after each. `progress` wraps this rank's chunks of tasks while they are worked on."""
+    after = range(steps + 1) if curve else (steps,)
+
     def one(*task: Tensor) -> Tensor:
-        task, phi, done, points = TaskBatch(*task), theta, 0, []
-        for steps in after:
-            phi, done = adapt(apply, source.loss, phi, alpha, task.support_x, task.support_y, steps - done), steps
-            outputs = apply(phi, task.query_x)
-            points.append(torch.stack(source.loss(outputs, task.query_y)).double())
+        task, points = TaskBatch(*task), []
+        for step, phi in enumerate(_adaptation(apply, source.loss, theta, alpha, task.support_x, task.support_y, steps)):
+            if step in after:
+                outputs = apply(phi, task.query_x)
+                points.append(torch.stack(source.loss(outputs, task.query_y)).double())
         return torch.cat([*points, _reliability(outputs, task.query_y).flatten()])
 
     results = torch.zeros(tasks, 2 * len(after) + 3 * BINS, dtype=torch.float64, device=world.device)
@@ -93,6 +95,14 @@ def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, spl
     results = sum_in_place(results, world).cpu()  # each task is one rank's: not even the order of a sum differs
     losses, accuracies = results[:, : 2 * len(after)].view(tasks, -1, 2).unbind(-1)
     return Evaluation(after, losses, accuracies, results[:, 2 * len(after) :].sum(0).view(BINS, 3))
+
+
+def _adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, steps: int) -> Iterator[Params]:
+    """phi_0, ..., phi_K of one task."""
+    yield theta
+    for _ in range(steps):
+        theta = adapt(apply, loss, theta, alpha, x, y, 1)
+        yield theta
 
 
 def _reliability(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def _saved(path: Path) -> tuple[Config, Params, Tensor]:
         with safetensors.safe_open(path, "pt") as file:
             facts = {name: json.loads(file.metadata()[name]) for name in ("config", "alpha")}
             theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, not a dict
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        return configuration.of(facts["config"], f"in {path}", {}), theta, torch.tensor(facts["alpha"], dtype=torch.float64)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: is not a whole file of `alpha-maml export` ({type(error).__name__}: {error}); write it "
                          "again") from None
-    return configuration.of(facts["config"], f"in {path}", {}), theta, torch.tensor(facts["alpha"], dtype=torch.float64)

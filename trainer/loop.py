@@ -254,5 +254,5 @@ def validate(problem: Problem, state: State) -> dict[str, float]:
     config = problem.config
     alpha = state.rates.alpha.to(problem.dtype)
     result = evaluate(problem.apply, problem.source, state.engine.learned(), alpha, "val", config.evaluation.tasks,
-                      (config.inner.steps,), problem.world)
+                      config.inner.steps, problem.world)
     return {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}

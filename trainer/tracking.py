@@ -132,8 +132,7 @@ def log_model(config: Config, run_dir: Path, learner: Learner, weights: Path) ->
     here, state = Path(__file__).parent, read_state(run_dir)
     mlflow.set_tracking_uri(store_uri(config, run_dir))
     mlflow.set_experiment(experiment_id=state["experiment_id"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # asks for type hints and an example, for which the signature stands
+    with warnings.catch_warnings(record=True):  # asks for type hints and an example, for which the signature stands
         logged = Model.log(
             None, mlflow.pyfunc, name="model", run_id=state["run_id"], python_model=str(here / "serving.py"),
             artifacts={"weights": str(weights)}, signature=ModelSignature(inputs, outputs, params),
