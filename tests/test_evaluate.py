@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import sqlite3
 import subprocess
 from contextlib import closing
@@ -12,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Server
-from processes import ROOT, command, run, succeed
+from processes import ROOT, command, free_port, run, succeed
 
 from data.tasks import TaskBatch, classification_loss
 from trainer import config as configuration
@@ -116,22 +116,28 @@ def test_it_is_kept_in_the_folder_and_in_the_mlflow_run(trained: Path):
         assert f"<!-- {words}" in drawn, words
 
 
-def test_a_regression_has_neither_accuracy_nor_calibration(tmp_path: Path, server: Server):
+def test_a_regression_has_neither_accuracy_nor_calibration(tmp_path: Path):
     folder = tmp_path / "run"
-    arguments = ("--tracking.uri", server.uri, "--evaluation.tasks", 4)
-    succeed("train", "--iterations", 5, "--task.batch", 2, *arguments, "--run_dir", folder)
-    server.kill()
-    result = succeed("evaluate", "--run_dir", folder, "--evaluation.tasks", 1)
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("alpha-maml: not in MLflow (") and "run the same command again" in line
-    found = json.loads(result.stdout)
+    succeed("train", "--iterations", 5, "--task.batch", 2, "--evaluation.tasks", 4, "--tracking.uri", "disabled", "--run_dir",
+            folder)
+    found = measured(folder, "--evaluation.tasks", 1)
     assert found["loss"] > 0 and found["loss_ci95"] is None and found["accuracy"] is None and found["ece"] is None
     assert found["curve"]["accuracy"] == [None, None]
     assert (folder / "evaluation-test/tasks.csv").read_text().splitlines()[0] == "task,loss_0,loss_1"
-    (folder / "tracking.json").unlink()
-    result = succeed("evaluate", "--run_dir", folder, "--evaluation.tasks", 1)
-    assert f"alpha-maml sync --run_dir {folder}" in result.stderr and len(result.stderr.splitlines()) == 1
-    server.start()
+
+
+def test_why_it_is_not_in_mlflow_is_one_line(trained: Path, tmp_path: Path):
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    untold = tmp_path / "untold"
+    shutil.copytree(trained, untold)
+    (untold / "tracking.json").unlink()
+    for folder, uri, words in ((trained, "disabled", "tracking.uri is disabled"),
+                               (trained, nowhere, "run the same command again to put it there"),
+                               (untold, nowhere, f"the run is not there yet: alpha-maml sync --run_dir {untold}")):
+        result = succeed("evaluate", "--run_dir", folder, "--evaluation.tasks", 2, "--tracking.uri", uri, "--out",
+                         tmp_path / "out")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("alpha-maml: not in MLflow (") and words in line and json.loads(result.stdout)["tasks"] == 2
 
 
 @pytest.mark.parametrize(("arguments", "words"), (
