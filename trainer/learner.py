@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 import data
 import models
@@ -127,10 +126,6 @@ def load(run_dir: str | Path, device: str = "cpu") -> Learner:
         raise InputError(f"run_dir: {path} does not hold the parameters of model.name {config.model.name}; use the code that "
                          "the run was trained with")
     theta = {name: state[prefix + name].to(device, dtype) for name in names}
-    model = model.to("meta")
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return functional_call(model, params, (x,))
-
+    apply = models.function(model.to(device, dtype), training=False)
     return Learner(apply, kind.loss, theta, state["rates.alpha"].to(device, dtype), config.inner.steps, kind.input_shape,
                    kind.outputs, kind.regression)

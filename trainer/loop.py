@@ -1,8 +1,8 @@
 """The training step, and the loop around it."""
 from __future__ import annotations
 
-import copy
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from typing import NamedTuple
 import pooch
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 import data
 import models
@@ -25,7 +24,7 @@ from trainer.collective import World, broadcast, broadcast_state
 from trainer.config import Config, build, run_dir, to_yaml, trajectory
 from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
-from trainer.maml import Apply, Params, meta_gradient
+from trainer.maml import Apply, meta_gradient
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
            "hypergradients/beta", "guards/skipped")
@@ -49,10 +48,12 @@ class Problem:
     config: Config
     world: World
     source: TaskSource
-    apply: Apply
+    apply: Apply  # in evaluation mode
+    train_apply: Apply  # in training mode, in which a model may draw random numbers
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
-    forward_tasks: Apply | None = None  # `apply` of many tasks at once, where the model can
+    forward_tasks: Apply | None = None  # `train_apply` of many tasks at once, where the model can
+    draw_seed: int = 0  # of what the model draws in iteration 0: for this rank's first task, or for all tasks
 
 
 class State(NamedTuple):
@@ -71,9 +72,10 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     config, world, batch = problem.config, problem.world, problem.config.task.batch
     tasks = problem.source.batch("train", state.iteration, problem.indices)
     alpha = state.rates.alpha.to(problem.dtype)
-    local = meta_gradient(problem.apply, problem.source.loss, state.engine.theta(), alpha, tasks,
+    local = meta_gradient(problem.train_apply, problem.source.loss, state.engine.theta(), alpha, tasks,
                           config.inner.steps, config.inner.order, config.task.chunk, config.inner.recompute,
-                          problem.forward_tasks)  # 1: adapt with alpha_t
+                          problem.forward_tasks, config.model.randomness,
+                          problem.draw_seed + batch * state.iteration)  # 1: adapt with alpha_t
     decided = []
 
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
@@ -102,18 +104,22 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
                         task.queries, config.seed, dtype, world.device)
     model = models.build(config.model.name, source.input_shape, source.outputs, config.seed, config.model.channels,
                          config.model.args).to(world.device, dtype)
-    skeleton = copy.deepcopy(model).to("meta")  # theta lives in the engine
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return functional_call(skeleton, params, (x,))
-
+    models.check(config.model.name, model, source.input_shape, source.outputs, config.model.randomness,
+                 config.inner.order == "second")
+    skeleton, indices = models.skeleton(model), world.shard(task.batch)  # theta lives in the engine
     if config.engine.name == "deepspeed":
         from trainer.zero import ZeroEngine
 
         engine = ZeroEngine(model, config, world)
     else:
         engine = TorchEngine({name: p.detach().clone() for name, p in model.named_parameters()}, config, world)
-    problem = Problem(config, world, source, apply, world.shard(task.batch), dtype, getattr(skeleton, "forward_tasks", None))
+    forward_tasks, draw_seed = getattr(skeleton, "forward_tasks", None), random.Random(config.seed).getrandbits(60)
+    if config.model.randomness != "error":
+        forward_tasks = None  # only vmap can tell tasks' draws apart
+    if config.model.randomness == "different":
+        draw_seed += int(indices[0])
+    apply, train_apply = (models.function(skeleton, training) for training in (False, True))
+    problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, draw_seed)
     return problem, State(engine, rates.initial(config.rates, world.device), 0)
 
 

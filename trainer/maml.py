@@ -178,7 +178,7 @@ def tasks_meta_gradient(
 
 def meta_gradient(
     apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, steps: int, order: str = "second",
-    chunk: int = 0, recompute: bool | None = None, forward_tasks: Apply | None = None
+    chunk: int = 0, recompute: bool | None = None, forward_tasks: Apply | None = None, randomness: str = "error", seed: int = 0
 ) -> MetaGradient:
     """The sums over a shard of T tasks, `chunk` of them at a time, which bounds the memory (0: all at once on a GPU, on a CPU
     as many as CHUNK_INPUTS says). `recompute` computes inner steps anew in the backward sweep instead of keeping their
@@ -186,11 +186,15 @@ def meta_gradient(
 
     Without `forward_tasks` each task is differentiated inside vmap: differentiating through vmap gives wrong second
     derivatives with normalisation layers on current torch. `alpha` is a scalar tensor of theta's dtype.
+
+    `randomness` says in vmap's words what random numbers `apply` may draw from torch's generator: none ("error"), others for
+    each task ("different"), or the same for all tasks ("same"). `seed` decides them: that of the shard's first task, the next
+    task's is one more; or that of all. Computing inner steps anew would draw anew, so None is never then.
     """
-    recompute = steps > RECOMPUTE_ABOVE if recompute is None else recompute
+    recompute = steps > RECOMPUTE_ABOVE and randomness == "error" if recompute is None else recompute
     if forward_tasks is None:
         each = vmap(lambda *task: task_meta_gradient(apply, loss, theta, alpha, TaskBatch(*task), steps, order, recompute),
-                    randomness="error")
+                    randomness=randomness)
     else:
         def each(*part: Tensor) -> MetaGradient:
             return tasks_meta_gradient(forward_tasks, loss, theta, alpha, TaskBatch(*part), steps, order, recompute)
@@ -200,6 +204,8 @@ def meta_gradient(
         chunk = max(1, CHUNK_INPUTS // inputs) if tasks.support_x.device.type == "cpu" else size
     total = None
     for start in range(0, size, chunk):
+        if randomness != "error":
+            torch.manual_seed(seed + start if randomness == "different" else seed)
         part = each(*(x[start : start + chunk] for x in tasks))
         part = MetaGradient({name: g.sum(0) for name, g in part.gradient.items()}, *(x.sum(0) for x in part[1:]))
         total = part if total is None else _add(total, part)

@@ -105,7 +105,7 @@ def _train(problem: loop.Problem, state: loop.State, configs: list[Config], stop
         engine.config = config
         return loop.restored(engine, tensors, iteration)
 
-    step, pending, shown = vmap(run, in_dims=(0, 0, None)), [], time.monotonic()
+    step, pending, shown = vmap(run, in_dims=(0, 0, None), randomness="same"), [], time.monotonic()
     with ExitStack() as locks:
         runs = [_Run(locks, config, problem, begun) for config in configs]
         for done in range(1, iterations + 1):
