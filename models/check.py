@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,11 @@ NOT_THE_USERS = (*(str(Path(file).parent) for file in (torch.__file__, importlib
 AGREEMENT = 0.01  # largest relative difference of forward_tasks from forward; what a GPU's short floats make is less
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what torch says, of a GPU or of this machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def reason(error: Exception) -> str:
     """Type and first sentence of an error, and where in the user's own code it arose."""
     said = (str(error).strip().splitlines() or [""])[0].split(". ")[0][:160]
@@ -27,6 +33,17 @@ def reason(error: Exception) -> str:
 def _place(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_USERS)]
     return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+@contextmanager
+def _refusing(line: Callable[[Exception], str]) -> Iterator[None]:
+    """What goes wrong inside is an InputError with that line; want of memory is not the model's fault."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(line(error)) from None
 
 
 def check(name: str, model: nn.Module, input_shape: tuple[int, ...], outputs: int, randomness: str = "error",
@@ -44,25 +61,22 @@ def check(name: str, model: nn.Module, input_shape: tuple[int, ...], outputs: in
         _check_state(name, model, params, x)
         _check_vmap(name, model, params, x, randomness, second_order)
         if getattr(model, "forward_tasks", None) is not None:
-            same = skeleton(model).eval().forward_tasks({parameter: p[None] for parameter, p in params.items()}, x[None])[0]
-            if same.shape != y.shape or not float((same - y).norm()) <= AGREEMENT * float(y.norm()):
-                raise InputError(f"model.name: {name} has a forward_tasks that does not return what its forward does; make "
-                                 "them agree, or remove forward_tasks")
+            _check_forward_tasks(name, model, params, x, y)
 
 
 def _check_forward(name: str, model: nn.Module, params: dict[str, Tensor], x: Tensor, outputs: int) -> Tensor:
     """The outputs for x, in evaluation mode."""
     wanted = f"its forward must map {list(x.shape)} to [{len(x)}, {outputs}], in the same dtype"
     params = {parameter: p.detach().requires_grad_() for parameter, p in params.items()}
-    try:
+    with _refusing(lambda e: f"model.name: {name} fails on inputs of shape {list(x.shape)} ({reason(e)}); {wanted}"):
         y = function(model, training=False)(params, x)
-    except Exception as error:
-        raise InputError(f"model.name: {name} fails on inputs of shape {list(x.shape)} ({reason(error)}); {wanted}") from None
     if not isinstance(y, Tensor) or y.shape != (len(x), outputs) or y.dtype != x.dtype:
         got = f"{list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
         raise InputError(f"model.name: {name} returns {got}; {wanted}")
-    tensors = tuple(params.values())
-    gradients = torch.autograd.grad(_square(y), tensors, allow_unused=True) if y.requires_grad else [None] * len(tensors)
+    gradients = [None] * len(params)
+    if y.requires_grad:
+        with _refusing(lambda e: f"model.name: {name} cannot be differentiated ({reason(e)}); correct its forward"):
+            gradients = torch.autograd.grad(_square(y), tuple(params.values()), allow_unused=True)
     unused = [parameter for parameter, g in zip(params, gradients) if g is None]
     if unused:
         shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
@@ -75,13 +89,11 @@ def _check_second_derivative(name: str, model: nn.Module, params: dict[str, Tens
     """By plain autograd's backward: torch.func, and grad with respect to given tensors, take an autograd.Function that is
     once_differentiable as constant without a word."""
     params = {parameter: p.detach().requires_grad_() for parameter, p in params.items()}
-    y = function(model, training=False)(params, x)
-    gradients = torch.autograd.grad(_square(y), tuple(params.values()), create_graph=True)
-    try:
+    with _refusing(lambda e: f"model.name: {name} has no second derivative ({reason(e)}); replace that operation, or set "
+                   "inner.order to first"):
+        y = function(model, training=False)(params, x)
+        gradients = torch.autograd.grad(_square(y), tuple(params.values()), create_graph=True)
         sum(g.square().sum() for g in gradients).backward()
-    except Exception as error:
-        raise InputError(f"model.name: {name} has no second derivative ({reason(error)}); replace that operation, or set "
-                         "inner.order to first") from None
 
 
 def _square(y: Tensor) -> Tensor:
@@ -91,11 +103,9 @@ def _square(y: Tensor) -> Tensor:
 
 def _check_state(name: str, model: nn.Module, params: dict[str, Tensor], x: Tensor) -> None:
     trial = skeleton(model).train()
-    try:
-        with differentiable_attention():
-            functional_call(trial, params, (x,))
-    except Exception as error:
-        raise InputError(f"model.name: {name} fails in training mode ({reason(error)}); correct its forward") from None
+    with (_refusing(lambda e: f"model.name: {name} fails in training mode ({reason(e)}); correct its forward"),
+          differentiable_attention()):
+        functional_call(trial, params, (x,))
     after = dict(trial.named_buffers())
     for buffer, before in model.named_buffers():
         if not torch.equal(before, after[buffer]):
@@ -114,20 +124,29 @@ def _check_vmap(name: str, model: nn.Module, params: dict[str, Tensor], x: Tenso
         first, pullback = vjp(gradient, params)
         return pullback(first)[0]
 
-    def attempt(what: Callable, randomness: str, refusal: str) -> None:
-        try:
-            vmap(what, randomness=randomness)({parameter: p[None] for parameter, p in params.items()}, x[None])
-        except Exception as error:
-            said = str(error)
-            if "randomness error mode" in said:
-                raise InputError(refusal) from None
-            if "data-dependent control flow" in said or ".item()" in said:
-                raise InputError(f"model.name: {name} decides by the values of its inputs or parameters{_place(error)}, which "
-                                 "vmap cannot do for many tasks at once; use torch.where") from None
-            raise InputError(f"model.name: {name} cannot be differentiated inside vmap ({reason(error)}); replace that "
-                             "operation by one that works without change in place") from None
+    def line(error: Exception, of_randomness: str) -> str:
+        said = str(error)
+        if "randomness error mode" in said:
+            return of_randomness
+        if "data-dependent control flow" in said or ".item()" in said:
+            return (f"model.name: {name} decides by the values of its inputs or parameters{_place(error)}, which vmap cannot "
+                    "do for many tasks at once; use torch.where")
+        return (f"model.name: {name} cannot be differentiated inside vmap ({reason(error)}); replace that operation by one "
+                "that works without change in place")
 
-    attempt(derivatives, randomness, f"model.randomness: error does not allow the random numbers that {name} draws in its "
-            "forward, such as dropout's; set different (each task draws for itself) or same (all tasks share), or draw none")
-    attempt(function(model, training=False), "error", f"model.name: {name} draws random numbers in evaluation mode too; draw "
-            "them only where self.training is true")
+    one_task = {parameter: p[None] for parameter, p in params.items()}, x[None]
+    with _refusing(lambda e: line(
+            e, f"model.randomness: error does not allow the random numbers that {name} draws in its forward, such as "
+            "dropout's; set different (each task draws for itself) or same (all tasks share), or draw none")):
+        vmap(derivatives, randomness=randomness)(*one_task)
+    with _refusing(lambda e: line(e, f"model.name: {name} draws random numbers in evaluation mode too; draw them only where "
+                                  "self.training is true")):
+        vmap(function(model, training=False))(*one_task)
+
+
+def _check_forward_tasks(name: str, model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
+    remedy = "it must return what forward does for each task; correct or remove it"
+    with _refusing(lambda e: f"model.name: {name} has a forward_tasks that fails ({reason(e)}); {remedy}"):
+        found = skeleton(model).eval().forward_tasks({parameter: p[None] for parameter, p in params.items()}, x[None])
+    if found.shape != (1, *y.shape) or not float((found[0] - y).norm()) <= AGREEMENT * float(y.norm()):
+        raise InputError(f"model.name: {name} has a forward_tasks that differs from its forward; {remedy}")

@@ -37,10 +37,10 @@ def test_only_batch_norm_is_transductive(mode: str):
 @pytest.mark.parametrize("steps", (1, 2))
 @pytest.mark.parametrize(("name", "mode", "channels"), (
     ("conv4", "group", 32), ("conv4", "layer", 4), ("conv4", "none", 4), ("conv4_pooled", "none", 4), ("conv4", "batch", 4),
-    ("resnet12", "group", 16), ("resnet12", "layer", 2), ("resnet12", "none", 2)))
+    ("resnet12", "group", 8), ("resnet12", "layer", 2), ("resnet12", "none", 2)))
 def test_meta_gradients_are_exact(name: str, mode: str, channels: int, steps: int):
     problem, generator = Small(name, norm=mode, channels=channels), torch.Generator().manual_seed(2)
-    problem.alpha = problem.alpha / 4  # larger inner steps carry ReLUs over their kinks within a difference
+    problem.alpha = problem.alpha / 20  # larger inner steps carry ReLUs over their kinks within a difference
     for parameter, p in problem.theta.items():
         if parameter.endswith("bias"):  # of zero: with no norm, whole channels would stand on the ReLU's kink
             p.uniform_(-0.1, 0.1, generator=generator)

@@ -36,11 +36,6 @@ class Diverged(Exception):
     """No iteration gives a finite loss any more; the message says where and what to try."""
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether that is what torch says, of a GPU or of this machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 @dataclass(frozen=True)
 class Problem:
     """What stays the same over a run."""
