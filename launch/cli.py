@@ -108,7 +108,7 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = configuration.build(known.config, overrides)
     from launch import runtime
     from launch.progress import Progress
-    from models.check import out_of_memory
+    from models.checks import out_of_memory
     from trainer import loop
 
     stop = runtime.StopRequest()

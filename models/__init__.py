@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from data.errors import InputError
-from models.check import check, reason
-from models.function import function, skeleton
+from models.checks import check, reason
+from models.functional import function, skeleton
 
 __all__ = ["build", "check", "function", "skeleton"]
 

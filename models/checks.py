@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
 from data.errors import InputError
-from models.function import differentiable_attention, function, skeleton
+from models.functional import differentiable_attention, function, skeleton
 
 NOT_THE_USERS = (*(str(Path(file).parent) for file in (torch.__file__, importlib.__file__, __file__)), "<")
 AGREEMENT = 0.01  # largest relative difference of forward_tasks from forward; what a GPU's short floats make is less

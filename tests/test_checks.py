@@ -134,9 +134,9 @@ class AlwaysDropout(Linear):
 
 
 def refused(name: str, **how) -> str:
-    model = models.build(f"test_check:{name}", (2,), 3, 0)
+    model = models.build(f"test_checks:{name}", (2,), 3, 0)
     with pytest.raises(InputError) as caught:
-        models.check(f"test_check:{name}", model, (2,), 3, **how)
+        models.check(f"test_checks:{name}", model, (2,), 3, **how)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -150,13 +150,13 @@ def refused(name: str, **how) -> str:
     ("Pair", "returns tuple; its forward must map"),
     ("Precision", "returns [2, 3] of torch.float16"),
     ("Fails", "fails on inputs of shape [2, 2] (RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x4 and 2x3), at"),
-    ("TrainingFails", "fails in training mode (KeyError: 'no such mode', at test_check.py"),
-    ("Branch", "decides by the values of its inputs or parameters, at test_check.py"),
+    ("TrainingFails", "fails in training mode (KeyError: 'no such mode', at test_checks.py"),
+    ("Branch", "decides by the values of its inputs or parameters, at test_checks.py"),
     ("InPlace", "cannot be differentiated inside vmap (RuntimeError: vmap: inplace arithmetic"),
     ("OnceDifferentiable", "has no second derivative (RuntimeError: trying to differentiate twice"),
     ("WrongTasks", "has a forward_tasks that differs from its forward; it must return what forward does"),
-    ("FailingTasks", "has a forward_tasks that fails (KeyError: 'no such parameter', at test_check.py"),
-    ("AlwaysDropout", "model.randomness: error does not allow the random numbers that test_check:AlwaysDropout draws"),
+    ("FailingTasks", "has a forward_tasks that fails (KeyError: 'no such parameter', at test_checks.py"),
+    ("AlwaysDropout", "model.randomness: error does not allow the random numbers that test_checks:AlwaysDropout draws"),
 ))
 def test_is_refused(name: str, words: str):
     assert words in refused(name)
@@ -166,16 +166,16 @@ def test_randomness_is_asked_for():
     assert "set different (each task draws for itself) or same" in refused("Dropout")
     assert "draws random numbers in evaluation mode too" in refused("AlwaysDropout", randomness="different")
     for randomness in ("different", "same"):
-        models.check("own", models.build("test_check:Dropout", (2,), 3, 0), (2,), 3, randomness)
+        models.check("own", models.build("test_checks:Dropout", (2,), 3, 0), (2,), 3, randomness)
 
 
 def test_first_order_needs_no_second_derivative():
-    models.check("own", models.build("test_check:OnceDifferentiable", (2,), 3, 0), (2,), 3, second_order=False)
+    models.check("own", models.build("test_checks:OnceDifferentiable", (2,), 3, 0), (2,), 3, second_order=False)
 
 
 @pytest.mark.parametrize(("name", "shape"), (
     ("mlp", (1,)), ("conv4", (1, 28, 28)), ("conv4_pooled", (1, 28, 28)), ("resnet12", (1, 28, 28)),
-    ("test_check:Linear", (2,))))
+    ("test_checks:Linear", (2,))))
 def test_a_good_model_passes_and_stays_as_it_is(name: str, shape: tuple):
     model, state = models.build(name, shape, 5, 0), torch.random.get_rng_state()
     before = [p.clone() for p in model.parameters()]
