@@ -5,9 +5,8 @@ import pytest
 import torch
 from conftest import Small
 
+from trainer.inner import InnerLoop, Params
 from trainer.maml import MetaGradient, dot, meta_gradient
-
-Params = dict[str, torch.Tensor]
 
 
 def relative(a: Params, b: Params) -> float:
@@ -47,7 +46,7 @@ def slope(problem: Small, direction: Params, steps: int, h: float = 1e-7) -> flo
 
 def assert_exact(problem: Small, steps: int, order: str) -> MetaGradient:
     """Inside vmap, equal to the loop over tasks; and to finite differences, which first order does not aim at."""
-    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, steps, order)
+    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, InnerLoop(steps, order))
     gradient, on_alpha = expected(problem, steps, order)
     assert relative(total.gradient, gradient) < 1e-12
     assert float(total.alpha_gradient) == pytest.approx(float(on_alpha), rel=1e-11)

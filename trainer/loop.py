@@ -19,11 +19,12 @@ import data
 import models
 from data.errors import InputError
 from data.tasks import TaskSource
-from trainer import checkpoint, rates, spool
+from trainer import checkpoint, inner, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
 from trainer.config import Config, build, run_dir, to_yaml, trajectory
 from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
+from trainer.inner import InnerLoop
 from trainer.maml import Apply, meta_gradient
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
@@ -48,7 +49,11 @@ class Problem:
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
     forward_tasks: Apply | None = None  # `train_apply` of many tasks at once, where the model can
+    adapted: tuple[str, ...] | None = None  # the tensors that move within a task; None: all
     draw_seed: int = 0  # of what the model draws in iteration 0: for this rank's first task, or for all tasks
+
+    def inner(self, iteration: int) -> InnerLoop:
+        return inner.at(self.config, self.adapted, iteration, self.world.device)
 
 
 class State(NamedTuple):
@@ -68,8 +73,7 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     tasks = problem.source.batch("train", state.iteration, problem.indices)
     alpha = state.rates.alpha.to(problem.dtype)
     local = meta_gradient(problem.train_apply, problem.source.loss, state.engine.theta(), alpha, tasks,
-                          config.inner.steps, config.inner.order, config.task.chunk, config.inner.recompute,
-                          problem.forward_tasks, config.model.randomness,
+                          problem.inner(state.iteration), config.task.chunk, problem.forward_tasks, config.model.randomness,
                           problem.draw_seed + batch * state.iteration)  # 1: adapt with alpha_t
     decided = []
 
@@ -84,8 +88,8 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     state.engine.step(local, stop, decide)  # the sums over all ranks, the decision, 3: theta_t
     total, signals, new, usable = decided
     values = torch.stack([x.double() for x in (
-        total.sums.loss / batch, total.sums.support_loss / batch, total.sums.accuracy / batch, state.rates.alpha, new.beta,
-        signals.alpha_gradient, -signals.product, ~usable, total.stopping)])
+        total.sums.loss / batch, total.sums.support_loss / batch, total.sums.accuracy / batch, state.rates.alpha.mean(),
+        new.beta, signals.alpha_gradient.sum(), -signals.product, ~usable, total.stopping)])
     return State(state.engine, new, state.iteration + 1), values
 
 
@@ -114,8 +118,11 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
     if config.model.randomness == "different":
         draw_seed += int(indices[0])
     apply, train_apply = (models.function(skeleton, training) for training in (False, True))
-    problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, draw_seed)
-    return problem, State(engine, rates.initial(config.rates, world.device), 0)
+    theta = dict(model.named_parameters())
+    problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks,
+                      inner.chosen(theta, config.inner.adapts), draw_seed)
+    sizes = inner.alpha_sizes(problem.inner(0), theta)
+    return problem, State(engine, rates.initial(config.rates, world.device, sizes), 0)
 
 
 def resume(state: State, folder: Path, world: World) -> State:
@@ -251,9 +258,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def validate(problem: Problem, state: State) -> dict[str, float]:
-    """Metrics of the validation split with the current theta and alpha."""
+    """Metrics of the validation split with the current theta and alpha, and the mean rate of each tensor that has its own."""
     config = problem.config
     alpha = state.rates.alpha.to(problem.dtype)
     result = evaluate(problem.apply, problem.source, state.engine.learned(), alpha, "val", config.evaluation.tasks,
-                      config.inner.steps, problem.world)
-    return {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
+                      problem.inner(state.iteration), problem.world)
+    found = {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
+    return found | inner.means(state.rates.alpha, problem.inner(state.iteration), state.engine.learned())
