@@ -16,7 +16,7 @@ import data.omniglot
 from data.errors import InputError
 from data.omniglot import ARCHIVES, SPLIT_BOUNDS, Omniglot, load_images
 from data.sinusoid import Sinusoid
-from data.tasks import classification_loss, draw, draw_subset, regression_loss
+from data.tasks import TaskSizes, classification_loss, draw, draw_subset, regression_loss
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,8 @@ def same(a, b) -> bool:
 
 def test_a_task_depends_on_its_index_alone(omniglot_root: str, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp().parent / "cache"
-    for source in (Sinusoid(5, 5, 0, torch.float64), Omniglot(omniglot_root, cache, 5, 2, 3, 0, torch.float32, CPU)):
+    for source in (Sinusoid(TaskSizes(1, 5, 5), 0, torch.float64),
+                   Omniglot(omniglot_root, cache, TaskSizes(5, 2, 3), 0, torch.float32, CPU)):
         whole = source.batch("train", 9, torch.arange(7))
         parts = [source.batch("train", 9, i) for i in torch.arange(7).tensor_split(3)]
         assert same(whole, [torch.cat(x) for x in zip(*parts)])
@@ -69,7 +70,7 @@ def test_a_task_depends_on_its_index_alone(omniglot_root: str, tmp_path_factory)
 
 
 def test_sinusoids_are_those_of_maml():
-    x_s, y_s, x_q, y_q = Sinusoid(10, 15, 0, torch.float64).batch("train", 0, torch.arange(500))
+    x_s, y_s, x_q, y_q = Sinusoid(TaskSizes(1, 10, 15), 0, torch.float64).batch("train", 0, torch.arange(500))
     assert x_s.shape == y_s.shape == (500, 10, 1) and x_q.shape == y_q.shape == (500, 15, 1)
     assert x_s.min() >= -5 and x_s.max() <= 5 and 4.9 < y_s.abs().max() <= 5
     for task in range(3):  # support and query lie on one A sin(x - phase)
@@ -82,7 +83,7 @@ def test_sinusoids_are_those_of_maml():
 @pytest.fixture(scope="module")
 def omniglot(omniglot_root: str, tmp_path_factory) -> Omniglot:
     cache = tmp_path_factory.getbasetemp().parent / "cache"
-    return Omniglot(omniglot_root, cache, 20, 3, 2, 0, torch.float32, CPU)
+    return Omniglot(omniglot_root, cache, TaskSizes(20, 3, 2), 0, torch.float32, CPU)
 
 
 def test_omniglot_has_its_shapes_and_mamls_splits(omniglot: Omniglot):
@@ -171,7 +172,7 @@ def test_wrong_archives_are_one_line(damage: str, omniglot_root: str, tmp_path: 
 @pytest.mark.parametrize(("sizes", "words"), (((101, 1, 1), "task.ways: 101"), ((5, 11, 10), "task.shots .* 11 \\+ 10")))
 def test_tasks_that_cannot_be_formed_are_one_line(sizes: tuple, words: str, tmp_path: Path):
     with pytest.raises(InputError, match=words):
-        Omniglot(None, tmp_path, *sizes, 0, torch.float32, CPU)
+        Omniglot(None, tmp_path, TaskSizes(*sizes), 0, torch.float32, CPU)
 
 
 def test_losses():

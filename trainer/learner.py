@@ -118,7 +118,7 @@ def load(run_dir: str | Path, device: str = "cpu") -> Learner:
     if path is None:
         raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
     state, dtype = checkpoint.read(path), getattr(torch, config.precision)
-    kind = data.described(config.data.name, config.task.ways)
+    kind = data.described(config.data, config.task.ways)
     model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
                          config.model.args)
     names = [name for name, _ in model.named_parameters()]

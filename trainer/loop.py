@@ -19,7 +19,7 @@ from torch.func import functional_call
 import data
 import models
 from data.errors import InputError
-from data.tasks import TaskSource
+from data.tasks import TaskSizes, TaskSource
 from trainer import checkpoint, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
 from trainer.config import Config, build, run_dir, to_yaml, trajectory
@@ -92,14 +92,20 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     return State(state.engine, new, state.iteration + 1), values
 
 
+def say(line: str) -> None:
+    """A line for the user, on stderr."""
+    print(f"alpha-maml: {line}", file=sys.stderr, flush=True)
+
+
 def set_up(config: Config, world: World) -> tuple[Problem, State]:
     """Everything the first iteration needs; raises InputError for what the configuration gets wrong."""
     task, dtype = config.task, getattr(torch, config.precision)
     if world.size > task.batch:
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
                          f"most {task.batch} processes")
-    source = data.build(config.data.name, config.data.root, Path(pooch.os_cache("alpha-maml")), task.ways, task.shots,
-                        task.queries, config.seed, dtype, world.device)
+    sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
+    source = data.build(config.data, Path(pooch.os_cache("alpha-maml")), sizes, config.seed, dtype, world.device,
+                        say if world.rank == 0 else lambda line: None)
     model = models.build(config.model.name, source.input_shape, source.outputs, config.seed, config.model.channels,
                          config.model.args).to(world.device, dtype)
     skeleton = copy.deepcopy(model).to("meta")  # theta lives in the engine
@@ -125,7 +131,7 @@ def resume(state: State, folder: Path, world: World) -> State:
     if world.rank == 0:
         path, complaints = checkpoint.newest(folder / "checkpoints")
         for line in complaints:
-            print(f"alpha-maml: {line}", file=sys.stderr, flush=True)
+            say(line)
         if path is not None:
             checkpoint.load(path, tensors)
             iteration = checkpoint.facts(path)["iteration"]
