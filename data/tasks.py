@@ -183,7 +183,7 @@ def usable_classes(names: list[str], counts: list[int], split: str, sizes: TaskS
     kept = [i for i, count in enumerate(counts) if count >= need]
     for name, count in zip(names, counts):
         if count < need:
-            warn(f"{where}: class {name} of split {split} has {count} examples, a task needs {need}; it is left out")
+            warn(f"{where}: class {name!r} of split {split} has {count} examples, a task needs {need}; it is left out")
     if len(kept) < sizes.ways:
         raise InputError(f"task.ways: {sizes.ways} is more than the {len(kept)} classes of split {split} that have the "
                          f"{need} examples of task.shots + task.queries ({where}); lower one of them, or give more data")
