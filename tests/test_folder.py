@@ -182,7 +182,7 @@ def test_a_task_depends_on_its_index_alone_and_not_on_where_the_images_are(root:
 
 def test_world_sizes_agree_and_mixed_tasks_train(root: Path, tmp_path: Path):
     mixed = (*TRAIN, "--data.root", root, "--task.ways", 4, "--task.shots", 3, "--task.min_ways", 2, "--task.min_shots", 1,
-             "--precision", "float64", "--iterations", 8)
+             "--data.size", 32, "--precision", "float64", "--iterations", 8)
     for ranks in (0, 3):
         succeed(*mixed, "--run_dir", tmp_path / str(ranks), ranks=ranks, XDG_CACHE_HOME=str(tmp_path / "cache"))
     one, three = (spool.read_metrics(tmp_path / name) for name in ("0", "3"))
