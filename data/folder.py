@@ -19,6 +19,7 @@ from data.tasks import SPLITS, TaskBatch, TaskSizes, classification_batch, draw_
 
 SHARES = (0.64, 0.16)  # of the classes, train and val where no split is given; the rest is test: mini-ImageNet's own
 RESIDENT = 0.5  # of a GPU's free memory that the images may fill by themselves
+PART = 4096  # images copied there at a time
 Note = tuple[str, str, str]  # as in data.store: a path below the root, the kind of fault, in words
 
 
@@ -39,8 +40,8 @@ def find(root: Path) -> tuple[list[Class], list[Note]]:
         raise InputError(f"data.root: {error.filename or root} cannot be read ({error.strerror or error}); check the path and "
                          "its permissions") from None
     if not any(c.files for c in classes):
-        raise InputError(f"data.root: {root} holds no image in the folder of a class ({', '.join(SUFFIXES)}); give a folder "
-                         "that does, see docs/data.md")
+        first = f" ({notes[0][0]} {notes[0][2]})" if notes else ""
+        raise InputError(f"data.root: {root} holds no image of a class{first}; give a folder that does, see docs/data.md")
     return classes, notes
 
 
@@ -165,7 +166,9 @@ class Folder:
         if resident is None and device.type == "cuda":
             resident = decoded.images.nbytes <= RESIDENT * torch.cuda.mem_get_info(device)[0]
         if resident:
-            self.images = torch.from_numpy(np.array(decoded.images)).to(device)
+            self.images = torch.empty(decoded.images.shape, dtype=torch.uint8, device=device)
+            for start in range(0, len(self.images), PART):
+                self.images[start : start + PART] = torch.from_numpy(np.array(decoded.images[start : start + PART]))
         faults = Counter(kind for _, kind, _ in decoded.notes)
         starts = np.cumsum([0, *(count for _, _, count in decoded.classes)])
         self.classes = {}  # split -> the first image of each class, and how many it has
@@ -190,7 +193,7 @@ class Folder:
             pixels = self.images[rows]
         else:
             pixels = torch.from_numpy(self.images[rows.numpy()]).to(self.device)
-        return classification_batch(pixels.to(self.dtype) / 255, shots)
+        return classification_batch(pixels.to(self.dtype).div_(255), shots)
 
     def identity(self) -> dict[str, str]:
         return {"name": "folder", "digest": self.digest[:36]}

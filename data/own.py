@@ -84,7 +84,7 @@ class Own:
         self.classes = {}  # split -> those of enough examples, and how many they have
         for split in SPLITS:
             counts = [int(self.own.examples(split, c)) for c in range(int(self.own.classes(split)))]
-            kept = usable_classes([str(c) for c in range(len(counts))], counts, split, sizes, f"data.name: {name}", warn)
+            kept = usable_classes(range(len(counts)), counts, split, sizes, f"data.name: {name}", warn)
             self.classes[split] = torch.tensor(kept), torch.tensor([counts[i] for i in kept])
         self.digest = hashlib.sha256(repr((name, args, [c.tolist() for c, _ in self.classes.values()])).encode()).hexdigest()
 

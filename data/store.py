@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import warnings
 import zlib
 from collections import Counter
@@ -23,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from data import images
-from data.errors import InputError
+from data.errors import InputError, say
 
 CHUNK = 256  # images between two lines of the journal
 CHECKED = 2**28  # bytes whose checksums are compared when a store is opened: all of a small one, a part of a large one
@@ -70,17 +69,13 @@ def load(root: Path, classes: list[Class], notes: list[tuple[str, str, str]], si
             store = _opened(folder, shape)
             if store is None:
                 if folder.exists():
-                    _say(f"{folder} is damaged; its images are decoded again")
+                    say(f"{folder} is damaged; its images are decoded again")
                     shutil.rmtree(folder)
                 store = _made(root, classes, notes, shape, folder)
             return store
     except OSError as error:
         raise InputError(f"data.root: the decoded images of {root} cannot be kept in {cache} ({error.strerror or error}); make "
                          "it writable, or choose another place by XDG_CACHE_HOME") from None
-
-
-def _say(line: str) -> None:
-    print(f"alpha-maml: {line}", file=sys.stderr, flush=True)
 
 
 def _opened(folder: Path, shape: tuple[int, int, int]) -> Store | None:
@@ -121,7 +116,7 @@ def _made(root: Path, classes: list[Class], notes: list[tuple[str, str, str]], s
     notes = notes + [(path, "broken images", f"cannot be decoded ({result}); it is left out")
                      for path, result in zip(files, results) if isinstance(result, str)] + _odd_sizes(files, results)
     for path, _, words in notes:
-        _say(f"data.root: {_shown(root, path)} {words}")
+        say(f"data.root: {_shown(root, path)} {words}")
     remaining = iter(results)
     counts = [sum(not isinstance(next(remaining), str) for _ in c.files) for c in classes]
     if not any(counts):
@@ -176,7 +171,7 @@ def _decoded(root: Path, files: list[str], shape: tuple[int, int, int], partial:
 
     chunks = _whole_chunks(partial)
     done = sum(len(chunk["results"]) for chunk in chunks)
-    _say(f"data.root: decoding {len(files) - done} images of {root} into {partial.parent}, once")
+    say(f"data.root: decoding {len(files) - done} images of {root} into {partial.parent}, once")
     with (tqdm(total=len(files), initial=done, unit="image", disable=None, dynamic_ncols=True) as bar,
           (partial / IMAGES).open("ab") as content, (partial / JOURNAL).open("a") as journal,
           ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings()):

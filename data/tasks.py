@@ -10,7 +10,7 @@ Shapes used throughout the project:
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -175,7 +175,7 @@ def classification_batch(x: Tensor, shots: int) -> TaskBatch:
                      labels.repeat_interleave(x.shape[2] - shots, 1))
 
 
-def usable_classes(names: list[str], counts: list[int], split: str, sizes: TaskSizes, where: str,
+def usable_classes(names: Sequence[object], counts: list[int], split: str, sizes: TaskSizes, where: str,
                    warn: Callable[[str], None]) -> list[int]:
     """The positions of the classes with enough examples for a task; the others are named. Raises InputError where too few
     are left."""

@@ -63,7 +63,7 @@ def test_trains_with_two_processes_as_with_one(words: tuple, tmp_path: Path):
                          PYTHONPATH=str(ROOT / "tests"))
     one, two = (newest_state(tmp_path / name) for name in ("0", "2"))
     assert all(torch.allclose(one[name], two[name], rtol=1e-9, atol=1e-12) for name in one)
-    assert result.stderr.count("class '0' of split train has 2 examples") == ("test_own:Blobs" in words)
+    assert result.stderr.count("class 0 of split train has 2 examples") == ("test_own:Blobs" in words)
     assert spool.read_json(tmp_path / "2/status.json")["status"] == "FINISHED"
 
 
@@ -140,6 +140,8 @@ def test_what_is_wrong_is_one_line(name: str, sizes: tuple, args: dict, words: s
 
 
 def test_a_wrong_data_set_ends_the_command_with_2(tmp_path: Path):
-    result = run(*TRAIN, "--data.name", "test_own:Wide", "--task.ways", 5, "--task.shots", 1, "--task.queries", 1, "--run_dir",
-                 tmp_path / "run", PYTHONPATH=str(ROOT / "tests"))
+    common = (*TRAIN, "--task.ways", 5, "--task.shots", 1, "--task.queries", 1, "--run_dir", tmp_path / "run")
+    result = run(*common, "--data.name", "test_own:Blobs", "--model.name", "conv4", PYTHONPATH=str(ROOT / "tests"))
+    assert result.returncode == 2 and "it takes images, of the shape [C, H, W]" in result.stderr.splitlines()[-1]
+    result = run(*common, "--data.name", "test_own:Wide", PYTHONPATH=str(ROOT / "tests"))
     assert result.returncode == 2 and "Traceback" not in result.stderr and "Wide.read" in result.stderr.splitlines()[-1]

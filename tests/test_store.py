@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import resource
 import shutil
 import signal
 import struct
@@ -129,6 +132,20 @@ def test_what_no_image_can_be_decoded_of_or_kept_is_one_line(tmp_path: Path, mon
     with pytest.raises(InputError, match="holds no image that can be decoded"):
         loaded(root, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*/index.json"))
+
+
+def test_more_images_than_memory(tmp_path: Path):
+    """A store of twice this machine's memory opens in little of it, and two of its images are read."""
+    side, chunk = 84, bytes(store.CHUNK * 3 * 84 * 84)
+    count = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(chunk)
+    with (tmp_path / "images.u8").open("wb") as file:
+        file.truncate(count * len(chunk))  # a hole: it takes no room on the disk
+    index = {"classes": [["train", "a", count * store.CHUNK]], "notes": [], "chunks": [[len(chunk), zlib.crc32(chunk)]] * count}
+    (tmp_path / "index.json").write_text(json.dumps({"index": index, "digest": store._digest(index)}))
+    held, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    found = store._opened(tmp_path, (3, side, side))
+    assert found is not None and found.images[[5, count * store.CHUNK - 1]].max() == 0
+    assert time.monotonic() - begun < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 1e6
 
 
 ONE = ("import sys; from pathlib import Path; from pictures import listing; from data import store; root = Path(sys.argv[1]);"

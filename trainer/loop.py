@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import platform
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from torch.func import functional_call
 
 import data
 import models
-from data.errors import InputError
+from data.errors import InputError, say
 from data.tasks import TaskSizes, TaskSource
 from trainer import checkpoint, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
@@ -90,11 +89,6 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
         total.sums.loss / batch, total.sums.support_loss / batch, total.sums.accuracy / batch, state.rates.alpha, new.beta,
         signals.alpha_gradient, -signals.product, ~usable, total.stopping)])
     return State(state.engine, new, state.iteration + 1), values
-
-
-def say(line: str) -> None:
-    """A line for the user, on stderr."""
-    print(f"alpha-maml: {line}", file=sys.stderr, flush=True)
 
 
 def set_up(config: Config, world: World) -> tuple[Problem, State]:
