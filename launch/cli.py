@@ -197,10 +197,10 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
             raise InputError(f"run_dir: {config.run_dir} has no checkpoint yet; train it first")
         alpha = state.rates.alpha.to(problem.dtype)
         result = measure(problem.apply, problem.source, state.engine.learned(), alpha, known.split, config.evaluation.tasks,
-                         config.inner.steps, world)
+                         problem.inner(state.iteration), world)
     if world.rank == 0:
         shown = result._asdict() | {"split": known.split, "iteration": state.iteration, "steps": config.inner.steps,
-                                    "alpha": float(alpha)}
+                                    "alpha": float(alpha.mean())}
         for name in ("accuracy", "accuracy_ci95"):
             shown[name] = None if shown[name] != shown[name] else shown[name]
         print(json.dumps(shown))

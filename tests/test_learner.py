@@ -48,7 +48,7 @@ def test_predicts_what_evaluation_measures(trained: Path):
     """Over 200 tasks of the test split, whose characters the run has never seen: the very accuracy of `evaluate`."""
     problem, state = problem_of(trained)
     alpha = state.rates.alpha.float()
-    expected = evaluate(problem.apply, problem.source, state.engine.learned(), alpha, "test", 200, 1, World())
+    expected = evaluate(problem.apply, problem.source, state.engine.learned(), alpha, "test", 200, problem.inner(0), World())
     learner, tasks = load(trained), problem.source.batch("test", 0, torch.arange(200))
     right = [(learner.fit(x, y).predict(q) == label).mean() for x, y, q, label in zip(*(t.numpy() for t in tasks))]
     assert np.mean(right) == pytest.approx(expected.accuracy, abs=2e-3)  # one query may stand at a tie

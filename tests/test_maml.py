@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from data.tasks import TaskBatch
 from models import convolution
+from trainer.inner import InnerLoop
 from trainer.maml import adapt, dot, meta_gradient, task_meta_gradient
 
 SHIPPED = ("mlp", "conv4", "conv4_pooled")
@@ -23,7 +24,7 @@ def query_loss(problem: Small, theta: dict, alpha: torch.Tensor, steps: int) -> 
     total = 0.0
     for b in range(len(problem.tasks.support_x)):
         task = problem.task(b)
-        phi = adapt(problem.apply, problem.loss, theta, alpha, task.support_x, task.support_y, steps)
+        phi = adapt(problem.apply, problem.loss, theta, alpha, task.support_x, task.support_y, InnerLoop(steps))
         total = total + problem.loss(problem.apply(phi, task.query_x), task.query_y)[0]
     return total
 
@@ -38,7 +39,7 @@ def relative(a: dict, b: dict) -> float:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_agrees_with_central_differences(name: str, steps: int, way: str):
     problem, h = Small(name), 1e-7  # small: a ReLU that switches between the two points would spoil the difference
-    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, steps,
+    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, InnerLoop(steps),
                           forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
@@ -61,9 +62,10 @@ def test_equals_a_loop_over_tasks(name: str, order: str, way: str, recompute: bo
     if way.endswith("each task"):
         monkeypatch.setattr(convolution, "DIRECT", 0)
     problem = Small(name)
-    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, 2, order,
-                          recompute=recompute, forward_tasks=problem.model.forward_tasks if way.startswith("all") else None)
-    each = [task_meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.task(b), 2, order)
+    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks,
+                          InnerLoop(2, order, recompute=recompute),
+                          forward_tasks=problem.model.forward_tasks if way.startswith("all") else None)
+    each = [task_meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.task(b), InnerLoop(2, order))
             for b in range(3)]
     assert relative({n: sum(e.gradient[n] for e in each) for n in problem.theta}, total.gradient) < 1e-12
     for mine, theirs in zip(total[1:], zip(*(e[1:] for e in each))):
@@ -85,7 +87,7 @@ def test_equals_autograd_through_the_unrolled_inner_loop(name: str):
             phi = {n: p - alpha * g for (n, p), g in zip(phi.items(), gradients)}
         total = total + problem.loss(problem.apply(phi, task.query_x), task.query_y)[0]
     *expected, expected_alpha = torch.autograd.grad(total, [*theta.values(), alpha])
-    mine = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, steps)
+    mine = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, InnerLoop(steps))
     assert relative(mine.gradient, dict(zip(theta, expected))) < 1e-12
     assert float(mine.alpha_gradient) == pytest.approx(float(expected_alpha), rel=1e-12)
     assert float(mine.loss) == pytest.approx(float(total.detach()), rel=1e-12)
@@ -95,8 +97,8 @@ def test_equals_autograd_through_the_unrolled_inner_loop(name: str):
 @pytest.mark.parametrize("way", ("one by one in vmap", "all at once"))
 def test_computing_inner_steps_anew_gives_the_same_numbers(way: str, steps: int):
     problem = Small("conv4")
-    kept, anew = (meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha / 10, problem.tasks, steps,
-                                recompute=recompute,
+    kept, anew = (meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha / 10, problem.tasks,
+                                InnerLoop(steps, recompute=recompute),
                                 forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
                   for recompute in (False, True))
     assert relative(anew.gradient, kept.gradient) < 1e-10
@@ -105,13 +107,13 @@ def test_computing_inner_steps_anew_gives_the_same_numbers(way: str, steps: int)
 
 def test_first_order_takes_inner_gradients_as_constants():
     problem, steps = Small("conv4"), 3
-    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, steps, "first")
+    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, InnerLoop(steps, "first"))
     gradient, alpha_gradient = {n: torch.zeros_like(p) for n, p in problem.theta.items()}, 0.0
     for b in range(3):
         task = problem.task(b)
         moved = {n: torch.zeros_like(p) for n, p in problem.theta.items()}
         for k in range(steps):
-            phi = adapt(problem.apply, problem.loss, problem.theta, problem.alpha, task.support_x, task.support_y, k)
+            phi = adapt(problem.apply, problem.loss, problem.theta, problem.alpha, task.support_x, task.support_y, InnerLoop(k))
             g = grad(lambda q: problem.loss(problem.apply(q, task.support_x), task.support_y)[0])(phi)  # noqa: B023
             moved = {n: moved[n] + g[n] for n in g}
         phi = {n: p - problem.alpha * moved[n] for n, p in problem.theta.items()}
@@ -128,7 +130,7 @@ def test_one_inner_step_gives_equation_3():
     train = grad(lambda q: problem.loss(problem.apply(q, task.support_x), task.support_y)[0])(problem.theta)
     phi = {n: p - problem.alpha * train[n] for n, p in problem.theta.items()}
     test = grad(lambda q: problem.loss(problem.apply(q, task.query_x), task.query_y)[0])(phi)
-    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, 1)
+    total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, InnerLoop(1))
     assert float(total.alpha_gradient) == pytest.approx(-float(dot(train, test)), rel=1e-12)
     assert float(total.alignment_norm) == pytest.approx(float((dot(train, train) * dot(test, test)).sqrt()), rel=1e-12)
 
@@ -136,7 +138,7 @@ def test_one_inner_step_gives_equation_3():
 @pytest.mark.parametrize("chunk", (1, 2, 3, 5))
 def test_chunks_change_nothing_but_memory(chunk: int):
     problem = Small("conv4", tasks=4)
-    arguments = (problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, 2, "second")
+    arguments = (problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks, InnerLoop(2))
     whole, parts = meta_gradient(*arguments), meta_gradient(*arguments, chunk=chunk)
     assert relative(parts.gradient, whole.gradient) < 1e-12
     for a, b in zip(whole[1:], parts[1:]):

@@ -102,7 +102,7 @@ def test_adaptive_moves_rates_the_same_way_for_a_scaled_loss(optimizer: str):
     scaled = replace(plain, rates=replace(plain.rates, alpha=1e-2 / 1000, beta=1e-3 / by))
     for a, b in zip(trajectory(plain, 40), trajectory(scaled, 40, scale=1000.0)):
         assert a[:2] == pytest.approx(b[:2], rel=1e-6 if optimizer == "adam" else 1e-9)
-        assert a[2] == pytest.approx(1000 * b[2], rel=1e-9)
+        assert a[2] == pytest.approx(1000 * b[2], rel=1e-6 if optimizer == "adam" else 1e-9)
         assert a[3] == pytest.approx(by * b[3], rel=1e-6)
 
 

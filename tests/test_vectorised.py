@@ -49,6 +49,8 @@ def agree(alone: sweep.Cell, together: sweep.Cell, tolerance: float) -> None:
     ({"outer.optimizer": "adam", "evaluation.every": "20"}, ["rates.beta=1e-4,1e-3"]),
     ({"rates.rule": "paper", "task.reduction": "sum", "rates.beta": "1e-4"},
      ["rates.alpha=1e-3,1e-2", "rates.alpha_hyperlr=0,1e-5", "rates.beta_hyperlr=1e-8,1e-10"]),
+    ({"rates.alpha_shape": "layer_step", "inner.steps": "2", "inner.adapts": "body", "inner.multi_step_iterations": "30"},
+     ["rates.alpha=1e-3,1e-1"]),
     ({"rates.rule": "fixed", "inner.steps": "3"}, ["rates.alpha=1e-3,1e-2", "rates.beta=1e-3,1e-2"]),
 ))
 def test_a_run_among_many_is_the_run_alone(base: dict[str, str], grids: list[str], tmp_path: Path):

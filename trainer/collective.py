@@ -23,11 +23,11 @@ class World:
 
 
 def broadcast(tensors: tuple[Tensor, ...], world: World) -> tuple[Tensor, ...]:
-    """Rank 0's scalars (any float type, made float64) on every rank, in one message."""
-    packed = torch.stack([t.double() for t in tensors])
+    """Rank 0's small tensors (any float type, made float64) on every rank, in one message."""
+    packed = torch.cat([t.double().flatten() for t in tensors])
     if world.size > 1:
         dist.broadcast(packed, 0)
-    return packed.unbind()
+    return tuple(part.view(t.shape) for t, part in zip(tensors, packed.split([t.numel() for t in tensors])))
 
 
 def broadcast_state(tensors: dict[str, Tensor], number: int, world: World) -> int:

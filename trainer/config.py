@@ -67,10 +67,19 @@ class Task:
 @dataclass(frozen=True)
 class Inner:
     steps: int = key(1, "K, gradient steps on the support set", AT_LEAST_ONE)
-    order: Literal["second", "first"] = key("second", "second is exact, first drops the Hessian")
+    order: Literal["second", "first", "reptile"] = key(
+        "second", "of the meta-gradient: second is exact, first drops the Hessian, reptile takes the displacement itself")
+    adapts: str = key("all", "what moves within a task: all, head (ANIL), body (BOIL), or patterns of tensors' names, as in "
+                      "blocks.3.*,head.*", NOT_EMPTY)
+    clip: float = key(0.0, "largest norm of a task's inner gradient; 0 is none", NOT_NEGATIVE)
+    weight_decay: float = key(0.0, "of the inner loop: weight_decay / 2 |phi|^2 beside the support loss", NOT_NEGATIVE)
+    multi_step_iterations: int = key(
+        0, "MAML++'s multi-step loss: iterations over which the losses after the earlier inner steps fade out", NOT_NEGATIVE)
+    first_order_iterations: int = key(
+        0, "MAML++'s derivative-order annealing: iterations at the start that are of first order", NOT_NEGATIVE)
     recompute: bool | None = key(
         None, "compute inner steps anew in the backward sweep instead of keeping their graphs: memory that hardly grows with "
-        "steps, twice the time; null is above 8 steps")
+        "steps, for more time; null is above 8 steps")
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Outer:
     trust: float | None = key(
         None, "largest relative step of a tensor in the first iterations, falling as 1/sqrt(1 + t/10); 0 is none, null is 0.2 "
         "(sgd) or 0.06 (adam) under rule adaptive, else none", NOT_NEGATIVE)
+    weight_decay: float = key(0.0, "adds weight_decay theta to the meta-gradient", NOT_NEGATIVE)
     average: bool | None = key(
         None, "evaluate an average of theta over about the last tenth of all iterations; null is true under rule adaptive")
 
@@ -86,12 +96,14 @@ class Outer:
 @dataclass(frozen=True)
 class Rates:
     rule: Literal["adaptive", "paper", "fixed"] = key("adaptive", "how alpha and beta move")
+    alpha_shape: Literal["scalar", "layer", "layer_step", "parameter"] = key(
+        "scalar", "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number")
     alpha: float = key(0.01, "first inner rate", POSITIVE)
     beta: float = key(0.001, "first meta rate", POSITIVE)
     alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
     beta_hyperlr: float = key(1e-3, "paper: rate of beta, per product in task.reduction", NOT_NEGATIVE)
     kappa: float = key(1.0, "adaptive: largest step of log alpha and log beta per iteration", POSITIVE)
-    tolerance: float = key(0.3, "adaptive: opposition of successive meta-gradients that beta endures", NOT_NEGATIVE)
+    tolerance: float = key(0.6, "adaptive: opposition of successive meta-gradients that beta endures", NOT_NEGATIVE)
     minimum: float = key(1e-6, "adaptive: lower bound of both rates", POSITIVE)
     maximum: float = key(10.0, "adaptive: upper bound of both rates", POSITIVE)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from trainer import outer
 from trainer.collective import World, sum_in_place
 from trainer.config import Config
-from trainer.maml import MetaGradient, Params, dot
+from trainer.inner import Params
+from trainer.maml import MetaGradient, dot
 from trainer.rates import Total
 
 # From an iteration's total to (beta of this step, whether theta may move): decided once, between reduction and step.
@@ -35,18 +36,20 @@ class Engine(Protocol):
         """The inverse; `state` is the same on every rank."""
 
 
-def pack_scalars(local: MetaGradient, stop: bool, dtype: torch.dtype) -> Tensor:
-    return torch.stack([*(x.to(dtype) for x in local[1:]), torch.full_like(local.loss, float(stop), dtype=dtype)])
+def pack_rest(local: MetaGradient, stop: bool, dtype: torch.dtype) -> Tensor:
+    """What an iteration sums beside the gradient, as one vector."""
+    return torch.cat([*(x.to(dtype).flatten() for x in local[1:]), torch.full_like(local.loss, float(stop), dtype=dtype)[None]])
 
 
-def unpack_scalars(scalars: Tensor) -> tuple[MetaGradient, Tensor]:
-    *values, stopping = scalars.double().unbind()
-    return MetaGradient({}, *values), stopping
+def unpack_rest(packed: Tensor, local: MetaGradient) -> tuple[MetaGradient, Tensor]:
+    """The sums, in the shapes of `local`, and how many ranks were asked to stop."""
+    *values, stopping = packed.double().split([*(x.numel() for x in local[1:]), 1])
+    return MetaGradient({}, *(value.view(x.shape) for value, x in zip(values, local[1:]))), stopping[0]
 
 
 class TorchEngine:
     """Every rank holds theta and takes the same step. One flat buffer carries the whole iteration, theta's gradient and
-    every scalar: small messages cost latency, so there is one."""
+    every sum beside it: small messages cost latency, so there is one."""
 
     def __init__(self, theta: Params, config: Config, world: World):
         self.params, self.config, self.world = theta, config, world
@@ -60,11 +63,13 @@ class TorchEngine:
 
     def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
         flat = [local.gradient[name].flatten() for name in self.params]
-        pieces = [*flat, pack_scalars(local, stop, flat[0].dtype)]
-        *parts, scalars = sum_in_place(torch.cat(pieces), self.world).split([len(piece) for piece in pieces])
+        pieces = [*flat, pack_rest(local, stop, flat[0].dtype)]
+        *parts, rest = sum_in_place(torch.cat(pieces), self.world).split([len(piece) for piece in pieces])
         scale = 1 / self.config.task.batch if self.config.task.reduction == "mean" else 1
-        gradient = {name: scale * part.view_as(p) for (name, p), part in zip(self.params.items(), parts)}  # S_t
-        sums, stopping = unpack_scalars(scalars)
+        decay = self.config.outer.weight_decay
+        gradient = {name: torch.add(scale * part.view_as(p), p, alpha=decay)
+                    for (name, p), part in zip(self.params.items(), parts)}  # S_t
+        sums, stopping = unpack_rest(rest, local)
         previous = self.outer.previous
         beta, usable = decide(
             Total(sums, dot(gradient, gradient), dot(gradient, previous), dot(previous, previous), stopping))

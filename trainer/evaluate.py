@@ -9,7 +9,8 @@ from torch.func import vmap
 
 from data.tasks import TaskBatch, TaskSource
 from trainer.collective import World, sum_in_place
-from trainer.maml import Apply, Params, adapt
+from trainer.inner import InnerLoop, Params
+from trainer.maml import Apply, adapt
 
 CHUNK = 8  # tasks adapted at once; fixed, so that no bit of a task's result depends on how many ranks share the work
 
@@ -25,12 +26,12 @@ class Evaluation(NamedTuple):
     tasks: int
 
 
-def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, split: str, tasks: int, steps: int,
-             world: World) -> Evaluation:
-    """Adapts to `tasks` tasks of `split` (always the same ones) with `steps` steps of size alpha."""
+def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, split: str, tasks: int,
+             loop: InnerLoop, world: World) -> Evaluation:
+    """Adapts to `tasks` tasks of `split` (always the same ones) by the inner loop `loop` with rates alpha."""
     def one(*task: Tensor) -> Tensor:
         task = TaskBatch(*task)
-        phi = adapt(apply, source.loss, theta, alpha, task.support_x, task.support_y, steps)
+        phi = adapt(apply, source.loss, theta, alpha, task.support_x, task.support_y, loop)
         return torch.stack(source.loss(apply(phi, task.query_x), task.query_y)).double()
 
     results = torch.zeros(tasks, 2, dtype=torch.float64, device=world.device)

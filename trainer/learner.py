@@ -13,9 +13,10 @@ import data
 import models
 from data.errors import InputError
 from data.tasks import Loss
-from trainer import checkpoint
+from trainer import checkpoint, inner
 from trainer import config as configuration
-from trainer.maml import Params, adapt
+from trainer.inner import InnerLoop, Params
+from trainer.maml import adapt
 
 
 class Learner:
@@ -25,9 +26,9 @@ class Learner:
     Every `fit` starts from the same theta. Wrong input raises ValueError.
     """
 
-    def __init__(self, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor, steps: int,
+    def __init__(self, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor, loop: InnerLoop,
                  input_shape: tuple[int, ...], outputs: int, regression: bool):
-        self.apply, self.loss, self.theta, self.alpha, self.steps = apply, loss, theta, alpha, steps
+        self.apply, self.loss, self.theta, self.alpha, self.loop = apply, loss, theta, alpha, loop
         self.input_shape, self.outputs, self.regression = input_shape, outputs, regression
         self.classes_: np.ndarray | None = None  # of the task, sorted
         self.phi: Params | None = None
@@ -51,7 +52,7 @@ class Learner:
         self.classes_ = classes
         with torch.no_grad():
             self.phi = adapt(self._outputs, self.loss, self.theta, self.alpha, x, targets,
-                             self.steps if steps is None else steps)
+                             self.loop if steps is None else self.loop._replace(steps=steps))
         if not all(bool(torch.isfinite(p).all()) for p in self.phi.values()):
             self.phi = None
             raise ValueError("support_x leads to weights that are not finite; its values should be like those in training")
@@ -132,5 +133,6 @@ def load(run_dir: str | Path, device: str = "cpu") -> Learner:
     def apply(params: Params, x: Tensor) -> Tensor:
         return functional_call(model, params, (x,))
 
-    return Learner(apply, kind.loss, theta, state["rates.alpha"].to(device, dtype), config.inner.steps, kind.input_shape,
+    loop = inner.at(config, inner.chosen(names, config.inner.adapts), config.iterations, torch.device(device))
+    return Learner(apply, kind.loss, theta, state["rates.alpha"].to(device, dtype), loop, kind.input_shape,
                    kind.outputs, kind.regression)

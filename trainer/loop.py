@@ -19,12 +19,13 @@ import data
 import models
 from data.errors import InputError, say
 from data.tasks import TaskSizes, TaskSource
-from trainer import checkpoint, rates, spool
+from trainer import checkpoint, inner, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
 from trainer.config import Config, build, run_dir, to_yaml, trajectory
 from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
-from trainer.maml import Apply, Params, meta_gradient
+from trainer.inner import InnerLoop, Params
+from trainer.maml import Apply, meta_gradient
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
            "hypergradients/beta", "guards/skipped")
@@ -52,6 +53,10 @@ class Problem:
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
     forward_tasks: Apply | None = None  # `apply` of many tasks at once, where the model can
+    adapted: tuple[str, ...] | None = None  # the tensors that move within a task; None: all
+
+    def inner(self, iteration: int) -> InnerLoop:
+        return inner.at(self.config, self.adapted, iteration, self.world.device)
 
 
 class State(NamedTuple):
@@ -71,8 +76,7 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     tasks = problem.source.batch("train", state.iteration, problem.indices)
     alpha = state.rates.alpha.to(problem.dtype)
     local = meta_gradient(problem.apply, problem.source.loss, state.engine.theta(), alpha, tasks,
-                          config.inner.steps, config.inner.order, config.task.chunk, config.inner.recompute,
-                          problem.forward_tasks)  # 1: adapt with alpha_t
+                          problem.inner(state.iteration), config.task.chunk, problem.forward_tasks)  # 1: adapt with alpha_t
     decided = []
 
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
@@ -86,8 +90,8 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     state.engine.step(local, stop, decide)  # the sums over all ranks, the decision, 3: theta_t
     total, signals, new, usable = decided
     values = torch.stack([x.double() for x in (
-        total.sums.loss / batch, total.sums.support_loss / batch, total.sums.accuracy / batch, state.rates.alpha, new.beta,
-        signals.alpha_gradient, -signals.product, ~usable, total.stopping)])
+        total.sums.loss / batch, total.sums.support_loss / batch, total.sums.accuracy / batch, state.rates.alpha.mean(),
+        new.beta, signals.alpha_gradient.sum(), -signals.product, ~usable, total.stopping)])
     return State(state.engine, new, state.iteration + 1), values
 
 
@@ -113,8 +117,11 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
         engine = ZeroEngine(model, config, world)
     else:
         engine = TorchEngine({name: p.detach().clone() for name, p in model.named_parameters()}, config, world)
-    problem = Problem(config, world, source, apply, world.shard(task.batch), dtype, getattr(skeleton, "forward_tasks", None))
-    return problem, State(engine, rates.initial(config.rates, world.device), 0)
+    theta = dict(model.named_parameters())
+    problem = Problem(config, world, source, apply, world.shard(task.batch), dtype, getattr(skeleton, "forward_tasks", None),
+                      inner.chosen(theta, config.inner.adapts))
+    sizes = inner.alpha_sizes(problem.inner(0), theta)
+    return problem, State(engine, rates.initial(config.rates, world.device, sizes), 0)
 
 
 def resume(state: State, folder: Path, world: World) -> State:
@@ -250,9 +257,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def validate(problem: Problem, state: State) -> dict[str, float]:
-    """Metrics of the validation split with the current theta and alpha."""
+    """Metrics of the validation split with the current theta and alpha, and the mean rate of each tensor that has its own."""
     config = problem.config
     alpha = state.rates.alpha.to(problem.dtype)
     result = evaluate(problem.apply, problem.source, state.engine.learned(), alpha, "val", config.evaluation.tasks,
-                      config.inner.steps, problem.world)
-    return {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
+                      problem.inner(state.iteration), problem.world)
+    found = {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
+    return found | inner.means(state.rates.alpha, problem.inner(state.iteration), state.engine.learned())

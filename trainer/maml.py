@@ -2,11 +2,15 @@
 
 Notation of the paper (Behl, Baydin, Torr 2019, arXiv 1905.07435) and of MAML (Finn et al. 2017, arXiv 1703.03400):
     phi_0 = theta, phi_{k+1} = phi_k - alpha g_k with g_k = grad L_tr(phi_k), theta' = phi_K
-    lambda_K = grad L_te(theta'), lambda_k = (I - alpha H_k) lambda_{k+1} with H_k the Hessian of L_tr at phi_k
+    lambda_K = grad L_te(theta'), lambda_k = lambda_{k+1} - H_k (alpha lambda_{k+1}) with H_k the Hessian of L_tr at phi_k
     meta-gradient of one task  G = lambda_0
     alpha's hypergradient      A = dL_te(theta') / d alpha = - sum_k <lambda_{k+1}, g_k>   (K = 1: equation 3)
 The backward sweep is written out instead of differentiating through the inner loop: A falls out of it for K dot
 products, what each inner step keeps in memory is in plain sight, and may be computed a second time instead.
+
+Where only some tensors adapt, g_k, alpha and the products of A range over those, lambda and H_k's rows over all of theta.
+Where the query loss after every step counts (InnerLoop.weights w), w_K stands before lambda_K, and w_k grad L_te(phi_k) joins
+lambda_k.
 
 The sweep is written once and runs in two ways. Any model: torch.func on one task, inside vmap. A model that can run many tasks
 at once, each with parameters of its own (`forward_tasks`): torch.autograd on all of them, since the gradient of a sum over
@@ -22,10 +26,10 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from data.tasks import Loss, TaskBatch
+from trainer.inner import InnerLoop, Params, rates_of_step
 
-Params = dict[str, Tensor]
 Apply = Callable[[Params, Tensor], Tensor]  # (parameters, inputs [n, *input]) -> outputs [n, ...]
-# (phi, whether H is wanted) -> g_k, L_tr, and v -> H_k v
+# (phi, whether H is wanted) -> g_k, L_tr, and v -> H_k v: v over the tensors that adapt, H_k v over all
 Support = Callable[[Params, bool], tuple[Params, Tensor, Callable[[Params], Params] | None]]
 Query = Callable[[Params], tuple[Params, Tensor, Tensor]]  # phi -> grad L_te, L_te, accuracy
 
@@ -35,14 +39,23 @@ CHUNK_INPUTS = 2**19  # numbers that the inputs of a chunk of tasks hold, by def
 
 
 class MetaGradient(NamedTuple):
-    """Sums over a shard's tasks. `gradient` has theta's shapes; everything else is a scalar."""
+    """Sums over a shard's tasks. `gradient` has theta's shapes, the next two alpha's; everything else is a scalar."""
 
     gradient: Params  # S = sum of G_b
     alpha_gradient: Tensor  # sum of A_b
-    alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|: what normalises A into a cosine
+    alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|, over what shares a rate: what normalises A into a cosine
     loss: Tensor  # query loss after adaptation
     accuracy: Tensor  # query accuracy after adaptation (nan for regression)
     support_loss: Tensor  # support loss before adaptation
+
+
+class _Step(NamedTuple):
+    """An inner step at phi_k."""
+
+    direction: Params  # what alpha multiplies: g_k, clipped where that is wanted
+    support_loss: Tensor
+    pullback: Callable[[Params], Params] | None  # v -> (d direction / d phi_k)^T v
+    query: Params | None  # w_k grad L_te(phi_k)
 
 
 def dot(a: Params, b: Params) -> Tensor:
@@ -50,86 +63,173 @@ def dot(a: Params, b: Params) -> Tensor:
     return sum(torch.sum(a[name] * b[name], dtype=torch.float64) for name in a)
 
 
-def _dot_each(a: Params, b: Params) -> Tensor:
-    """`dot` of every task, [T]."""
-    return sum((a[name] * b[name]).flatten(1).sum(1, dtype=torch.float64) for name in a)
+def _products(a: Params, b: Params, axes: int, names: tuple[str, ...], alpha_shape: str) -> Tensor:
+    """a b summed over what shares a rate, in float64; the first `axes` axes, the tasks', stay."""
+    each = [(a[name] * b[name]).reshape(*a[name].shape[:axes], -1) for name in names]
+    if alpha_shape == "parameter":
+        return torch.cat(each, -1).double()
+    each = [x.sum(-1, dtype=torch.float64) for x in each]
+    return sum(each) if alpha_shape == "scalar" else torch.stack(each, -1)
 
 
-def _axpy(scale: Tensor | float, x: Params, y: Params) -> Params:
-    return {name: torch.addcmul(y[name], x[name], scale) for name in y}
+def _scaled(factor: Tensor, x: Params) -> Params:
+    """x times a number for each task, or for the one."""
+    return {name: factor.to(p.dtype).view(factor.shape + (1,) * (p.dim() - factor.dim())) * p for name, p in x.items()}
 
 
-def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, steps: int) -> Params:
-    """theta' after `steps` gradient steps of size alpha on one task's support set x [n, *input], y [n, ...]."""
-    support_gradient = grad(lambda phi: loss(apply(phi, x), y)[0])
+def _plus(x: Params, y: Params, scale: float = 1.0) -> Params:
+    """x + scale y, where y may lack tensors."""
+    return {name: torch.add(p, y[name], alpha=scale) if name in y else p for name, p in x.items()}
+
+
+def _times(rates: Params, x: Params) -> Params:
+    return {name: rate * x[name] for name, rate in rates.items()}
+
+
+def _moved(phi: Params, rates: Params, direction: Params) -> Params:
+    return {name: torch.addcmul(p, rates[name], direction[name], value=-1) if name in rates else p for name, p in phi.items()}
+
+
+def _direction(g: Params, phi: Params, hessian: Callable | None, loop: InnerLoop, axes: int) -> tuple[Params, Callable | None]:
+    """The step's direction from the support loss's gradient, and its pullback: weight decay, then clipping."""
+    if loop.weight_decay:
+        g = _plus(g, {name: phi[name] for name in g}, loop.weight_decay)
+    if not loop.clip and not loop.weight_decay:
+        return g, hessian
+    direction, narrowed = g, None
+    if loop.clip:
+        norm = _products(g, g, axes, tuple(g), "scalar").sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        factor = (loop.clip / norm).clamp(max=1)
+        direction, unit, along = _scaled(factor, g), _scaled(1 / norm, g), torch.where(factor < 1, factor, 0)
+
+        def narrowed(v: Params) -> Params:
+            """d direction / d g is factor (1 - unit unit^T) where it clips, else 1."""
+            return _plus(_scaled(factor, v), _scaled(along * _products(unit, v, axes, tuple(g), "scalar"), unit), -1)
+
+    def pullback(v: Params) -> Params:
+        v = narrowed(v) if narrowed else v
+        return _plus(hessian(v), v, loop.weight_decay)
+
+    return direction, pullback if hessian else None
+
+
+def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor,
+               loop: InnerLoop) -> Iterator[Params]:
+    """phi_1, ..., phi_K of one task's support set x [n, *input], y [n, ...]."""
+    support, phi = _support(apply, loss, x, y, loop.adapted or tuple(theta)), theta
+    for k in range(loop.steps):
+        direction, _ = _direction(support(phi, False)[0], phi, None, loop, 0)
+        phi = _moved(phi, rates_of_step(alpha, loop, theta, k), direction)
+        yield phi
+
+
+def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, loop: InnerLoop) -> Params:
+    """theta' = phi_K of one task's support set."""
     phi = theta
-    for _ in range(steps):
-        phi = _axpy(-alpha, support_gradient(phi), phi)
+    for phi in adaptation(apply, loss, theta, alpha, x, y, loop):  # noqa: B007  one phi_k is held at a time
+        continue
     return phi
 
 
-def _sweep(support: Support, query: Query, dot: Callable[[Params, Params], Tensor], theta: Params, alpha: Tensor, steps: int,
-           order: str, recompute: bool) -> MetaGradient:
-    """G, A and the rest, of one task or of each of many."""
-    phi, kept, moved, support_losses = theta, [], None, []
-    for _ in range(steps):
-        g, value, hessian = support(phi, order == "second" and not recompute)
-        support_losses.append(value)
-        moved = g if moved is None else {name: m + g[name] for name, m in moved.items()}  # sum_k g_k
+def _support(apply: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple[str, ...]) -> Support:
+    """One task's, by torch.func."""
+
+    def gradient(phi: Params) -> tuple[Params, Tensor]:
+        def objective(part: Params) -> tuple[Tensor, Tensor]:
+            value = loss(apply(phi | part, x), y)[0]
+            return value, value
+
+        return grad(objective, has_aux=True)({name: phi[name] for name in names})
+
+    def support(phi: Params, hessian: bool) -> tuple:
+        if not hessian:
+            return *gradient(phi), None
+        g, pullback, value = vjp(gradient, phi, has_aux=True)
+        return g, value, lambda v: pullback(v)[0]  # the Hessian is symmetric
+
+    return support
+
+
+def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tensor, loop: InnerLoop) -> MetaGradient:
+    """G, A and the rest, of one task (axes 0) or of each of many (axes 1, in front of every tensor)."""
+    names, shape, second = loop.adapted or tuple(theta), loop.alpha_shape, loop.order == "second"
+    recompute = loop.steps > RECOMPUTE_ABOVE if loop.recompute is None else loop.recompute
+    whole = {name: p[0] for name, p in theta.items()} if axes else theta  # without the tasks' axis
+    rates = [rates_of_step(alpha, loop, whole, k) for k in range(loop.steps)]
+
+    def visit(phi: Params, k: int, backward: bool) -> _Step:
+        """Step k at phi_k; `backward`: with what the backward sweep needs of it."""
+        g, value, hessian = support(phi, backward and second)
+        direction, pullback = _direction(g, phi, hessian, loop, axes)
+        wanted = backward and k > 0 and loop.weights is not None
+        return _Step(direction, value, pullback, _scaled(loop.weights[k - 1], query(phi)[0]) if wanted else None)
+
+    phi, kept, moved, lengths = theta, [], None, []
+    for k in range(loop.steps):
+        step = visit(phi, k, not recompute)
+        if k == 0:
+            support_loss = step.support_loss
+        moved = step.direction if moved is None else _plus(moved, step.direction)
+        if shape == "layer_step":
+            lengths.append(_products(step.direction, step.direction, axes, names, "layer").sqrt())
         if not recompute:
-            kept.append((g, hessian))
-        phi = _axpy(-alpha, g, phi)
+            kept.append(step)
+        phi = _moved(phi, rates[k], step.direction)
     adjoint, loss, accuracy = query(phi)  # lambda_K
-    alignment_norm = (dot(adjoint, adjoint) * dot(moved, moved)).sqrt()
-    alpha_gradient = torch.zeros_like(alignment_norm)
-    steps_backward = _again(support, theta, alpha, steps, order == "second") if recompute else _drain(kept)
-    for g, hessian in steps_backward:
-        alpha_gradient = alpha_gradient - dot(adjoint, g)
-        if hessian is not None:
-            adjoint = _axpy(-alpha, hessian(adjoint), adjoint)  # H_k lambda_{k+1}
-    return MetaGradient(adjoint, alpha_gradient, alignment_norm, loss, accuracy, support_losses[0])
+    if loop.weights is not None:
+        adjoint = _scaled(loop.weights[-1], adjoint)
+    per_rate = "layer" if shape == "layer_step" else shape
+    steepness = _products(adjoint, adjoint, axes, names, per_rate).sqrt()
+    distance = _products(moved, moved, axes, names, per_rate).sqrt()
+
+    alpha_gradient, rows = torch.zeros_like(steepness), []
+    backward = _again(visit, rates, theta, 0, loop.steps) if recompute else _drain(kept)
+    for k, step in zip(reversed(range(loop.steps)), backward):
+        product = _products(adjoint, step.direction, axes, names, per_rate)
+        alpha_gradient = alpha_gradient - product
+        if shape == "layer_step":
+            rows.append(-product)
+        if step.pullback is not None:
+            adjoint = _plus(adjoint, step.pullback(_times(rates[k], adjoint)), -1)
+        if step.query is not None:
+            steepness = steepness + _products(step.query, step.query, axes, names, per_rate).sqrt()
+            adjoint = _plus(adjoint, step.query)
+    norm = steepness * distance
+    if shape == "layer_step":
+        alpha_gradient, norm = torch.stack(rows[::-1], -2), torch.stack(lengths, -2) * steepness[..., None, :]
+    if loop.order == "reptile":  # Nichol, Achiam, Schulman 2018: (theta - theta') / alpha
+        adjoint = {name: moved[name] if name in moved else torch.zeros_like(p) for name, p in theta.items()}
+    return MetaGradient(adjoint, alpha_gradient, norm, loss, accuracy, support_loss)
 
 
-def _drain(kept: list) -> Iterator[tuple]:
+def _drain(kept: list[_Step]) -> Iterator[_Step]:
     while kept:
         yield kept.pop()
 
 
-def _again(support: Support, phi: Params, alpha: Tensor, steps: int, hessian: bool) -> Iterator[tuple]:
-    """g_k and v -> H_k v of the `steps` inner steps from phi, the last first, computed anew: holds FAN_OUT phi_k for each
-    level of FAN_OUT^levels >= steps instead of all of them (checkpointing in the sense of Griewank 1992)."""
-    if steps == 1:
-        g, _, product = support(phi, hessian)
-        yield g, product
+def _again(visit: Callable[[Params, int, bool], _Step], rates: list[Params], phi: Params, first: int,
+           count: int) -> Iterator[_Step]:
+    """The `count` inner steps from phi = phi_first, the last first, computed anew: holds FAN_OUT phi_k for each level of
+    FAN_OUT^levels >= steps instead of all of them (checkpointing in the sense of Griewank 1992)."""
+    if count == 1:
+        yield visit(phi, first, True)
         return
-    size = -(-steps // FAN_OUT)
+    size = -(-count // FAN_OUT)
     starts = [phi]
-    for k in range(size * ((steps - 1) // size)):
-        phi = _axpy(-alpha, support(phi, False)[0], phi)
+    for k in range(size * ((count - 1) // size)):
+        phi = _moved(phi, rates[first + k], visit(phi, first + k, False).direction)
         if (k + 1) % size == 0:
             starts.append(phi)
-    last = steps - size * (len(starts) - 1)
+    last = count - size * (len(starts) - 1)
     del phi
     while starts:
-        yield from _again(support, starts.pop(), alpha, last, hessian)
+        yield from _again(visit, rates, starts.pop(), first + size * len(starts), last)
         last = size
 
 
-def task_meta_gradient(
-    apply: Apply, loss: Loss, theta: Params, alpha: Tensor, task: TaskBatch, steps: int, order: str, recompute: bool = False
-) -> MetaGradient:
-    """One task's G and A, exactly. `task` without its leading axis; order "second" is exact, "first" takes g_k as
-    constants (H_k = 0), as first-order MAML does."""
-
-    def objective(phi: Params) -> tuple[Tensor, Tensor]:
-        value = loss(apply(phi, task.support_x), task.support_y)[0]
-        return value, value
-
-    def support(phi: Params, hessian: bool) -> tuple:
-        if not hessian:
-            return *grad(objective, has_aux=True)(phi), None
-        g, pullback, value = vjp(grad(objective, has_aux=True), phi, has_aux=True)
-        return g, value, lambda v: pullback(v)[0]  # the Hessian is symmetric
+def task_meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, task: TaskBatch,
+                       loop: InnerLoop) -> MetaGradient:
+    """One task's G and A, exactly as `loop` defines them. `task` without its leading axis."""
 
     def query(phi: Params) -> tuple:
         def objective(phi: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -139,61 +239,53 @@ def task_meta_gradient(
         adjoint, (value, accuracy) = grad(objective, has_aux=True)(phi)
         return adjoint, value, accuracy
 
-    return _sweep(support, query, dot, theta, alpha, steps, order, recompute)
+    support = _support(apply, loss, task.support_x, task.support_y, loop.adapted or tuple(theta))
+    return _sweep(support, query, 0, theta, alpha, loop)
 
 
-def tasks_meta_gradient(
-    forward_tasks: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, steps: int, order: str,
-    recompute: bool = False
-) -> MetaGradient:
+def tasks_meta_gradient(forward_tasks: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch,
+                        loop: InnerLoop) -> MetaGradient:
     """`task_meta_gradient` of T tasks at once; every field with the axis T in front. `forward_tasks` takes parameters and
     inputs with that axis."""
-
-    def gradients(value: Tensor, phi: Params, create_graph: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(value.sum(), tuple(phi.values()), create_graph=create_graph, materialize_grads=True)
-
-    def leaves(phi: Params) -> Params:
-        return {name: p.detach().requires_grad_() for name, p in phi.items()}
+    names = loop.adapted or tuple(theta)
 
     def support(phi: Params, hessian: bool) -> tuple:
-        phi = leaves(phi)
+        phi = {name: p.detach().requires_grad_(hessian or name in names) for name, p in phi.items()}
         value = loss(forward_tasks(phi, tasks.support_x), tasks.support_y)[0]
-        graph = gradients(value, phi, create_graph=hessian)
+        graph = torch.autograd.grad(value.sum(), [phi[name] for name in names], create_graph=hessian, materialize_grads=True)
 
         def times(v: Params) -> Params:
-            return dict(zip(phi, torch.autograd.grad(graph, tuple(phi.values()), tuple(v.values()), materialize_grads=True)))
+            return dict(zip(phi, torch.autograd.grad(graph, tuple(phi.values()), [v[name] for name in names],
+                                                     materialize_grads=True)))
 
-        return {name: g.detach() for name, g in zip(phi, graph)}, value.detach(), times if hessian else None
+        return {name: g.detach() for name, g in zip(names, graph)}, value.detach(), times if hessian else None
 
     def query(phi: Params) -> tuple:
-        phi = leaves(phi)
+        phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
         value, accuracy = loss(forward_tasks(phi, tasks.query_x), tasks.query_y)
-        return dict(zip(phi, gradients(value, phi))), value.detach(), accuracy
+        adjoint = torch.autograd.grad(value.sum(), tuple(phi.values()), materialize_grads=True)
+        return dict(zip(phi, adjoint)), value.detach(), accuracy
 
     size = len(tasks.support_x)
     theta = {name: p.expand(size, *p.shape) for name, p in theta.items()}  # shared: products with theta see one matrix
     with torch.enable_grad():
-        return _sweep(support, query, _dot_each, theta, alpha, steps, order, recompute)
+        return _sweep(support, query, 1, theta, alpha, loop)
 
 
-def meta_gradient(
-    apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, steps: int, order: str = "second",
-    chunk: int = 0, recompute: bool | None = None, forward_tasks: Apply | None = None
-) -> MetaGradient:
+def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, loop: InnerLoop, chunk: int = 0,
+                  forward_tasks: Apply | None = None) -> MetaGradient:
     """The sums over a shard of T tasks, `chunk` of them at a time, which bounds the memory (0: all at once on a GPU, on a CPU
-    as many as CHUNK_INPUTS says). `recompute` computes inner steps anew in the backward sweep instead of keeping their
-    graphs: the same numbers, memory that hardly grows with `steps`, for more time (None: above RECOMPUTE_ABOVE steps).
+    as many as CHUNK_INPUTS says). `loop.recompute` computes inner steps anew in the backward sweep instead of keeping their
+    graphs: the same numbers, memory that hardly grows with the steps, for more time.
 
     Without `forward_tasks` each task is differentiated inside vmap: differentiating through vmap gives wrong second
-    derivatives with normalisation layers on current torch. `alpha` is a scalar tensor of theta's dtype.
+    derivatives with normalisation layers on current torch. `alpha` is of theta's dtype and of shape `alpha_sizes(loop, theta)`.
     """
-    recompute = steps > RECOMPUTE_ABOVE if recompute is None else recompute
     if forward_tasks is None:
-        each = vmap(lambda *task: task_meta_gradient(apply, loss, theta, alpha, TaskBatch(*task), steps, order, recompute),
-                    randomness="error")
+        each = vmap(lambda *task: task_meta_gradient(apply, loss, theta, alpha, TaskBatch(*task), loop), randomness="error")
     else:
         def each(*part: Tensor) -> MetaGradient:
-            return tasks_meta_gradient(forward_tasks, loss, theta, alpha, TaskBatch(*part), steps, order, recompute)
+            return tasks_meta_gradient(forward_tasks, loss, theta, alpha, TaskBatch(*part), loop)
     size = len(tasks.support_x)
     if chunk == 0:
         inputs = (tasks.support_x.numel() + tasks.query_x.numel()) // size

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.maml import Params
+from trainer.inner import Params
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 NORM_FLOOR = 0.1  # a tensor that starts at zero may still move
 TRUST = {"sgd": 0.2, "adam": 0.06}  # Adam's momentum keeps one direction for ten steps: sqrt(10) times as far as noise goes
 TRUST_STEPS = 10  # after which the trust region begins to shrink, as the root of the steps
-AVERAGED = 9  # theta's average weighs step t as t^AVERAGED does: about the last tenth of all steps
+AVERAGED = 19  # theta's average weighs step t as t^AVERAGED does: about the last twentieth of all steps
 
 
 class Outer(NamedTuple):

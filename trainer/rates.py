@@ -1,4 +1,4 @@
-"""The rules for alpha and beta. Pure: scalars in, scalars out, nothing waits for the host.
+"""The rules for alpha and beta. Pure: small tensors in, small tensors out, nothing waits for the host.
 
     fixed     plain MAML: the rates stay.
     paper     Algorithm 2 of Behl, Baydin, Torr 2019 to the letter, unclamped:
@@ -25,7 +25,8 @@ CUT = 2.0  # and alpha divided by this
 
 
 class Rates(NamedTuple):
-    """alpha for the next adaptation, beta as last applied, and the adaptive rule's moments: float64 scalars."""
+    """alpha for the next adaptation, beta as last applied, and the adaptive rule's moments: float64, alpha and its moments of
+    the shape that trainer.inner says, all else scalars."""
 
     alpha: Tensor
     beta: Tensor
@@ -47,7 +48,8 @@ class Total(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What an iteration says about the rates; sums or means over tasks, as task.reduction says. Scalars."""
+    """What an iteration says about the rates; sums or means over tasks, as task.reduction says. The first two are of alpha's
+    shape, the others scalars."""
 
     alpha_gradient: Tensor  # sum of A_b
     alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|
@@ -55,9 +57,13 @@ class Signals(NamedTuple):
     norms: Tensor  # |S_t| |direction applied last|
 
 
-def initial(settings: config.Rates, device: torch.device) -> Rates:
-    values = (settings.alpha, settings.beta, 0.0, 0.0, 0.0, 0.0, 0.0)
-    return Rates(*torch.tensor(values, dtype=torch.float64, device=device).unbind())
+def initial(settings: config.Rates, device: torch.device, sizes: tuple[int, ...] = ()) -> Rates:
+    """All of alpha, of shape `sizes`, starts at rates.alpha."""
+    def filled(value: float, sizes: tuple[int, ...] = ()) -> Tensor:
+        return torch.full(sizes, value, dtype=torch.float64, device=device)
+
+    moments = filled(0.0, sizes), filled(0.0, sizes), filled(0.0), filled(0.0)
+    return Rates(filled(settings.alpha, sizes), filled(settings.beta), *moments, filled(0.0))
 
 
 def signals(rule: str, total: Total, count: int) -> tuple[Signals, Tensor]:

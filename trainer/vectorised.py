@@ -97,7 +97,9 @@ def _train(problem: loop.Problem, state: loop.State, configs: list[Config], stop
         if set(values) != {configuration.flat_values(problem.config)[name]}:
             numbers[name] = torch.tensor(values, dtype=torch.float64, device=world.device)
     tensors = {name: t.expand(len(configs), *t.shape) for name, t in loop.snapshot(state).items()}
-    tensors |= {name: numbers[name] for name in ("rates.alpha", "rates.beta") if name in numbers}
+    for name in ("rates.alpha", "rates.beta"):
+        if name in numbers:
+            tensors[name] = numbers[name].view(-1, *[1] * (tensors[name].dim() - 1)).expand_as(tensors[name])
 
     def run(tensors: dict[str, Tensor], numbers: dict[str, Tensor], iteration: int) -> tuple[dict[str, Tensor], Tensor]:
         """One iteration of one run."""

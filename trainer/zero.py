@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from trainer import outer
 from trainer.collective import World, sum_in_place
 from trainer.config import Config
-from trainer.engine import Decide, pack_scalars, unpack_scalars
-from trainer.maml import MetaGradient, Params
+from trainer.engine import Decide, pack_rest, unpack_rest
+from trainer.inner import Params
+from trainer.maml import MetaGradient
 from trainer.rates import Total
 
 
@@ -68,7 +69,8 @@ class _Shard(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         sums, stopping, decide = self.iteration
         states = [self.state[p] for p in self.pieces]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.pieces]
+        decay = self.config.outer.weight_decay
+        gradients = [torch.add(torch.zeros_like(p) if p.grad is None else p.grad, p, alpha=decay) for p in self.pieces]
         products = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         for g, state in zip(gradients, states):
             g, previous = g.double(), state["previous"].double()
@@ -147,7 +149,7 @@ class ZeroEngine:
         return self._read("average") if "average" in self.optimizer.names else self.theta()
 
     def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
-        sums, stopping = unpack_scalars(sum_in_place(pack_scalars(local, stop, torch.float64), self.world))
+        sums, stopping = unpack_rest(sum_in_place(pack_rest(local, stop, torch.float64), self.world), local)
         self.optimizer.iteration = sums, stopping, decide
         # DeepSpeed reduces in its own backward hooks only. This surrogate's gradient is the meta-gradient; the factor
         # undoes its average over ranks and takes the mean over tasks.

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import models
 from data.tasks import TaskBatch, classification_loss
 from launch.runtime import keep_memory
+from trainer.inner import InnerLoop
 from trainer.maml import meta_gradient
 
 ALPHA = 0.1
@@ -96,7 +97,7 @@ def ours(problem: Problem) -> Callable[[], Gradient]:
     alpha = torch.tensor(ALPHA, dtype=tasks.support_x.dtype)
 
     def run() -> Gradient:
-        found = meta_gradient(None, classification_loss, problem.theta, alpha, tasks, problem.steps,
+        found = meta_gradient(None, classification_loss, problem.theta, alpha, tasks, InnerLoop(problem.steps),
                               forward_tasks=problem.model.forward_tasks).gradient
         flat = torch.cat([g.flatten() for g in found.values()])
         if size > 1:
@@ -115,7 +116,7 @@ def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
         return functional_call(problem.model, params, (x,))
 
     return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, problem.tasks,
-                                                problem.steps).gradient)
+                                                InnerLoop(problem.steps)).gradient)
 
 
 def loop(problem: Problem) -> Callable[[], Gradient]:

@@ -43,6 +43,20 @@ def test_world_sizes_agree(rule: str, precision: str, tolerance: float, tmp_path
     assert sum(skipped) == 0 and states[4]["rates.alpha"] != 0.01 and states[4]["rates.beta"] != 0.001, "nothing happened"
 
 
+@pytest.mark.parametrize("options", (
+    ("--rates.alpha_shape", "layer_step", "--inner.multi_step_iterations", 15, "--inner.first_order_iterations", 5),
+    ("--rates.alpha_shape", "parameter", "--rates.rule", "paper", "--rates.alpha_hyperlr", 1e-6, "--rates.beta_hyperlr", 1e-8),
+    ("--rates.alpha_shape", "layer", "--inner.adapts", "head", "--inner.clip", 0.5, "--inner.weight_decay", 0.1),
+    ("--inner.order", "reptile", "--inner.adapts", "layers.1.*,layers.5.*", "--outer.weight_decay", 0.01)), ids=lambda o: o[1])
+def test_world_sizes_agree_whatever_adapts_and_however(options: tuple, tmp_path: Path):
+    states = {size: train(tmp_path / str(size), size, "--precision", "float64", *options) for size in (1, 2, 3)}
+    for size in (2, 3):
+        for names in ("theta.", "rates.alpha", "rates.beta"):
+            assert relative(states[size], states[1], names) <= 1e-12, (size, names)
+    start = torch.full_like(states[1]["rates.alpha"], 0.01)
+    assert float((states[1]["rates.alpha"] != start).double().mean()) > 0.8, "rates never moved"  # a dead unit has none
+
+
 def test_the_same_world_size_twice_gives_the_same_bits_and_so_does_a_resumed_run(tmp_path: Path):
     arguments = ("--outer.optimizer", "adam", "--checkpoint.every", 4)
     first, second = (train(tmp_path / name, 2, *arguments) for name in ("a", "b"))

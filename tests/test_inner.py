@@ -1,0 +1,186 @@
+"""What adapts, rates per tensor, step and number, and the objectives, in float64: finite differences and plain loops."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Small
+
+from data.errors import InputError
+from trainer import inner
+from trainer.config import Config
+from trainer.inner import InnerLoop
+from trainer.maml import adaptation, dot, meta_gradient
+
+WAYS = ("one by one in vmap", "all at once")
+
+
+def total_loss(problem: Small, theta: dict, alpha: torch.Tensor, loop: InnerLoop) -> torch.Tensor:
+    """The sum over tasks of what the meta-gradient differentiates, from the values phi_k alone."""
+    total = 0.0
+    for b in range(len(problem.tasks.support_x)):
+        task = problem.task(b)
+        phis = adaptation(problem.apply, problem.loss, theta, alpha, task.support_x, task.support_y, loop)
+        losses = torch.stack([problem.loss(problem.apply(phi, task.query_x), task.query_y)[0] for phi in phis])
+        total = total + (losses[-1] if loop.weights is None else losses @ loop.weights)
+    return total
+
+
+def measured(problem: Small, alpha: torch.Tensor, loop: InnerLoop, way: str):
+    return meta_gradient(problem.apply, problem.loss, problem.theta, alpha, problem.tasks, loop,
+                         forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
+
+
+def random_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+
+OBJECTIVES = {
+    "plain": {}, "clipped": {"clip": 0.05}, "weight decay": {"weight_decay": 0.3},
+    "multi-step": {"weights": torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)},
+    "all of them": {"weights": torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64), "clip": 0.05, "weight_decay": 0.3},
+}
+OBJECTIVES["all of them, computed anew"] = OBJECTIVES["all of them"] | {"recompute": True}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("shape", ("scalar", "layer", "layer_step", "parameter"))
+@pytest.mark.parametrize(("name", "adapts"), (("mlp", "all"), ("mlp", "head"), ("conv4", "body")))
+def test_agrees_with_central_differences(name: str, adapts: str, shape: str, objective: str, way: str):
+    problem, generator, h = Small(name), torch.Generator().manual_seed(2), 1e-7
+    loop = InnerLoop(3, "second", inner.chosen(problem.theta, adapts), shape, **OBJECTIVES[objective])
+    alpha = 0.1 + 0.1 * torch.rand(inner.alpha_sizes(loop, problem.theta), generator=generator, dtype=torch.float64)
+    total = measured(problem, alpha, loop, way)
+    assert total.alpha_gradient.shape == total.alignment_norm.shape == alpha.shape
+
+    v = {n: random_like(p, generator) for n, p in problem.theta.items()}
+    length, norm = dot(v, v).sqrt(), dot(total.gradient, total.gradient).sqrt()
+    v = {n: x / length + total.gradient[n] / norm for n, x in v.items()}  # some of it along G: a slope that is not small
+    ahead, behind = (total_loss(problem, {n: p + s * v[n] for n, p in problem.theta.items()}, alpha, loop) for s in (h, -h))
+    assert float(ahead - behind) / (2 * h) == pytest.approx(float(dot(total.gradient, v)), rel=1e-6)
+
+    v = random_like(alpha, generator)
+    v = v / v.norm() + total.alpha_gradient / total.alpha_gradient.norm()
+    ahead, behind = (total_loss(problem, problem.theta, alpha + s * v, loop) for s in (h, -h))
+    assert float(ahead - behind) / (2 * h) == pytest.approx(float((total.alpha_gradient * v).sum()), rel=1e-6)
+
+
+def unrolled(problem: Small, names: list[str], rate_of: dict, steps: int, clip: float = 0.0) -> tuple[dict, list]:
+    """A plain implementation: autograd through the inner loop of one task after the other. `rate_of` maps a tensor's name to
+    its rates, a tensor or one for each step. Returns the gradients of theta and of the rates."""
+    theta = {n: p.clone().requires_grad_() for n, p in problem.theta.items()}
+    leaves = [r for r in rate_of.values() for r in (r if isinstance(r, list) else [r])]
+    total = 0.0
+    for b in range(3):
+        task, phi = problem.task(b), dict(theta)
+        for k in range(steps):
+            loss = problem.loss(problem.apply(phi, task.support_x), task.support_y)[0]
+            gradients = torch.autograd.grad(loss, [phi[n] for n in names], create_graph=True)
+            if clip:
+                norm = torch.sqrt(sum((g**2).sum() for g in gradients))
+                gradients = [g * (clip / norm) if norm > clip else g for g in gradients]
+            for n, g in zip(names, gradients):
+                rate = rate_of[n][k] if isinstance(rate_of[n], list) else rate_of[n]
+                phi[n] = phi[n] - rate * g
+        total = total + problem.loss(problem.apply(phi, task.query_x), task.query_y)[0]
+    found = torch.autograd.grad(total, [*theta.values(), *leaves])
+    return dict(zip(theta, found)), list(found[len(theta):])
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-12 * b.norm())
+
+
+def same(a: dict, b: dict) -> bool:
+    return near(torch.cat([a[n].flatten() for n in a]), torch.cat([b[n].flatten() for n in a]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_anil_is_a_plain_loop_over_the_head(way: str):
+    problem, names = Small("conv4"), ["head.weight", "head.bias"]
+    rate = problem.alpha.clone().requires_grad_()
+    expected, rates = unrolled(problem, names, dict.fromkeys(names, rate), 3)
+    found = measured(problem, problem.alpha, InnerLoop(3, adapted=inner.chosen(problem.theta, "head")), way)
+    assert same(found.gradient, expected)
+    assert near(found.alpha_gradient, rates[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_meta_sgd_is_a_plain_loop_with_a_rate_for_each_number(way: str):
+    problem, generator = Small("conv4"), torch.Generator().manual_seed(3)
+    rate_of = {n: (0.1 + 0.2 * torch.rand(p.shape, generator=generator, dtype=torch.float64)).requires_grad_()
+               for n, p in problem.theta.items()}
+    expected, rates = unrolled(problem, list(problem.theta), rate_of, 2)
+    alpha = torch.cat([r.detach().flatten() for r in rate_of.values()])
+    found = measured(problem, alpha, InnerLoop(2, alpha_shape="parameter"), way)
+    assert same(found.gradient, expected)
+    assert near(found.alpha_gradient, torch.cat([r.flatten() for r in rates]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lslr_and_clipping_are_a_plain_loop(way: str):
+    problem, generator, steps = Small("mlp"), torch.Generator().manual_seed(4), 2
+    alpha = 0.05 + 0.1 * torch.rand(steps, len(problem.theta), generator=generator, dtype=torch.float64)
+    rate_of = {n: [alpha[k, i].clone().requires_grad_() for k in range(steps)] for i, n in enumerate(problem.theta)}
+    expected, rates = unrolled(problem, list(problem.theta), rate_of, steps, clip=1.0)
+    found = measured(problem, alpha, InnerLoop(steps, alpha_shape="layer_step", clip=1.0), way)
+    assert same(found.gradient, expected)
+    assert near(found.alpha_gradient.T.flatten(), torch.stack(rates))
+    plain = measured(problem, alpha, InnerLoop(steps, alpha_shape="layer_step"), way)
+    assert not same(found.gradient, plain.gradient), "nothing was clipped"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reptile_is_the_displacement(way: str):
+    problem = Small("conv4")
+    loop = InnerLoop(3, "reptile", inner.chosen(problem.theta, "body"))
+    found, expected = measured(problem, problem.alpha, loop, way), {n: torch.zeros_like(p) for n, p in problem.theta.items()}
+    for b in range(3):
+        task = problem.task(b)
+        *_, phi = adaptation(problem.apply, problem.loss, problem.theta, problem.alpha, task.support_x, task.support_y, loop)
+        expected = {n: e + (problem.theta[n] - phi[n]) / problem.alpha for n, e in expected.items()}
+    assert all(torch.allclose(found.gradient[n], expected[n], rtol=1e-10, atol=1e-13) for n in expected)
+    assert not found.gradient["head.weight"].any() and not found.gradient["head.bias"].any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ("layer", "layer_step", "parameter"))
+def test_equal_rates_for_all_are_one_rate(shape: str, way: str):
+    problem = Small("conv4")
+    one, many = InnerLoop(3), InnerLoop(3, alpha_shape=shape)
+    expected = measured(problem, problem.alpha, one, way)
+    found = measured(problem, problem.alpha.expand(inner.alpha_sizes(many, problem.theta)), many, way)
+    assert same(found.gradient, expected.gradient)
+    assert near(found.alpha_gradient.sum(), expected.alpha_gradient)
+
+
+def test_annealed_objectives_end_at_maml():
+    config = Config(inner=replace(Config().inner, steps=4, multi_step_iterations=100, first_order_iterations=30))
+    cpu = torch.device("cpu")
+    first, middle, last = (inner.at(config, None, t, cpu) for t in (0, 50, 100))
+    assert first.order == "first" and middle.order == last.order == "second"
+    assert torch.allclose(first.weights, torch.full((4,), 0.25, dtype=torch.float64))
+    assert torch.allclose(middle.weights, torch.tensor([0.125, 0.125, 0.125, 0.625], dtype=torch.float64))
+    assert last.weights is None
+
+
+NAMES = ("blocks.0.conv.weight", "blocks.0.norm.weight", "blocks.1.conv.weight", "head.weight", "head.bias")
+
+
+@pytest.mark.parametrize(("adapts", "expected"), (
+    ("all", None), ("*", None), ("head", NAMES[3:]), ("body", NAMES[:3]), ("blocks.0.*, head.bias", (*NAMES[:2], NAMES[4]))))
+def test_what_adapts_is_chosen_by_name(adapts: str, expected: tuple | None):
+    assert inner.chosen(NAMES, adapts) == expected
+
+
+def test_a_pattern_that_matches_nothing_names_what_there_is():
+    with pytest.raises(InputError, match=r"inner.adapts: 'haed\.\*' matches none of the model's tensors \(blocks.0.conv"):
+        inner.chosen(NAMES, "blocks.*,haed.*")
+
+
+def test_more_steps_than_in_training_take_the_last_steps_rates():
+    loop, theta = InnerLoop(2, alpha_shape="layer_step"), {"a": torch.zeros(3), "b": torch.zeros(2)}
+    alpha = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert inner.rates_of_step(alpha, loop, theta, 7) == inner.rates_of_step(alpha, loop, theta, 1) == {"a": 3.0, "b": 4.0}

@@ -1,0 +1,98 @@
+"""What a task's adaptation is: which of theta's tensors move, by which rates, after which objective.
+
+The shapes of alpha, N tensors adapted, K inner steps, P numbers adapted in all:
+    scalar      []       MAML (Finn et al. 2017), Alpha MAML (Behl, Baydin, Torr 2019)
+    layer       [N]      a rate for each tensor
+    layer_step  [K, N]   a rate for each tensor and step: LSLR of MAML++ (Antoniou, Edwards, Storkey 2019, section 4)
+    parameter   [P]      a rate for each number: Meta-SGD (Li et al. 2017)
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from trainer.config import Config
+
+Params = dict[str, Tensor]
+
+
+class InnerLoop(NamedTuple):
+    """One iteration's inner loop."""
+
+    steps: int = 1  # K
+    order: str = "second"  # of the meta-gradient: second (exact), first (H = 0), reptile (the displacement itself)
+    adapted: tuple[str, ...] | None = None  # names of theta's tensors that move, in theta's order; None: all
+    alpha_shape: str = "scalar"
+    clip: float = 0.0  # largest norm of a task's inner gradient; 0: none
+    weight_decay: float = 0.0  # adds weight_decay / 2 |phi|^2 to the support loss
+    weights: Tensor | None = None  # [K], of the query loss after each step; None: the last alone counts
+    recompute: bool | None = None  # inner steps anew in the backward sweep; None: above RECOMPUTE_ABOVE steps
+
+
+def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: torch.device) -> InnerLoop:
+    """The inner loop of the iteration (counted from 0): MAML++'s two annealings (sections 3 and 4) start from a cheaper and a
+    smoother objective and end at MAML's own."""
+    inner = config.inner
+    order = "first" if iteration < inner.first_order_iterations and inner.order == "second" else inner.order
+    weights = None
+    if iteration < inner.multi_step_iterations and inner.steps > 1:
+        early = (1 - iteration / inner.multi_step_iterations) / inner.steps
+        weights = torch.full((inner.steps,), early, dtype=torch.float64, device=device)
+        weights[-1] = 1 - (inner.steps - 1) * early
+    return InnerLoop(inner.steps, order, adapted, config.rates.alpha_shape, inner.clip, inner.weight_decay, weights,
+                     inner.recompute)
+
+
+def chosen(names: Iterable[str], adapts: str) -> tuple[str, ...] | None:
+    """The tensors that `inner.adapts` names, None for all. The head is the module that holds theta's last tensor: head alone is
+    ANIL (Raghu et al. 2020), everything else BOIL (Oh et al. 2021). Raises InputError where nothing is left."""
+    names = list(names)
+    head = names[-1].rpartition(".")[0]
+    if adapts == "all":
+        return None
+    if adapts in ("head", "body"):
+        found = [name for name in names if (name.rpartition(".")[0] == head) == (adapts == "head")]
+    else:
+        patterns = [pattern.strip() for pattern in adapts.split(",")]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+                raise InputError(f"inner.adapts: {pattern!r} matches none of the model's tensors ({shown}); use all, head, "
+                                 "body, or patterns of these")
+        found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not found:
+        raise InputError(f"inner.adapts: {adapts} leaves nothing to adapt in a model of one module; use all")
+    return None if found == names else tuple(found)
+
+
+def alpha_sizes(loop: InnerLoop, theta: Params) -> tuple[int, ...]:
+    """The shape of alpha's tensor."""
+    names = loop.adapted or tuple(theta)
+    return {"scalar": (), "layer": (len(names),), "layer_step": (loop.steps, len(names)),
+            "parameter": (sum(theta[name].numel() for name in names),)}[loop.alpha_shape]
+
+
+def rates_of_step(alpha: Tensor, loop: InnerLoop, theta: Params, k: int) -> Params:
+    """alpha as it multiplies each adapted tensor in step k: scalars, or tensors of the parameters' shapes. Steps beyond those
+    that alpha was trained for take the last one's."""
+    names = loop.adapted or tuple(theta)
+    if loop.alpha_shape == "scalar":
+        return dict.fromkeys(names, alpha)
+    if loop.alpha_shape == "parameter":
+        return {name: part.view(theta[name].shape)
+                for name, part in zip(names, alpha.split([theta[name].numel() for name in names]))}
+    row = alpha[min(k, len(alpha) - 1)] if loop.alpha_shape == "layer_step" else alpha
+    return dict(zip(names, row.unbind()))
+
+
+def means(alpha: Tensor, loop: InnerLoop, theta: Params) -> dict[str, float]:
+    """The mean rate of each tensor, as alpha/NAME; nothing where all share one."""
+    if loop.alpha_shape == "scalar":
+        return {}
+    steps = [rates_of_step(alpha, loop, theta, k) for k in range(loop.steps)]
+    return {f"alpha/{name}": float(torch.stack([rates[name].mean() for rates in steps]).mean()) for name in steps[0]}
