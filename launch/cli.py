@@ -2,21 +2,16 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from data.errors import InputError
-from launch import slurm
+from launch import slurm, use
 from trainer import config as configuration
-from trainer.config import Config
 
 VERBS = {
     "train": "train theta, alpha and beta; the same command again resumes",
@@ -24,6 +19,7 @@ VERBS = {
     "sweep": "train every cell of a grid of values, each as a run of its own; the same command again does what is left",
     "evaluate": "test a trained run on held-out tasks",
     "adapt": "learn a new task from a few examples and predict with a trained run",
+    "export": "write a trained run's weights as one file, and serve them as an MLflow model",
     "report": "draw losses and rates of several runs side by side",
     "sync": "ship to MLflow what a run that has ended left unsent",
 }
@@ -51,8 +47,8 @@ def parser() -> Parser:
             sub.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the keys below")
         if verb == "slurm":
             slurm.add_options(sub)
-        if verb == "evaluate":
-            sub.add_argument("--split", choices=("val", "test"), default="test", help="whose tasks (default: test)")
+        if verb in ("evaluate", "adapt", "export"):
+            use.add_options(sub, verb)
         if verb == "report":
             which = sub.add_mutually_exclusive_group(required=True)
             which.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="the runs' folders: losses and rates")
@@ -61,16 +57,9 @@ def parser() -> Parser:
                                "column of the paper's first figure, rates and losses in rows; repeat")
             sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure; .png and .svg are written")
             continue
-        if verb in ("sync", "adapt"):
+        if verb == "sync":
             sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
-        if verb == "adapt":
-            for name, what in (
-                    ("support", "the task's labelled examples: a folder of images for each class, or an .npz with x, y"),
-                    ("query", "what to predict: a folder of images, or an .npz file with x; labels, if there are, are scored")):
-                sub.add_argument(f"--{name}", type=Path, required=True, metavar="DIR_OR_NPZ", help=what)
-            sub.add_argument("--out", type=Path, metavar="FILE", help="the predictions as CSV (default: printed)")
-            sub.add_argument("--inner.steps", type=int, metavar="K", dest="steps", help="gradient steps (default: the run's K)")
-        if verb in ("sync", "adapt"):
+        if verb in ("sync", "adapt", "export"):
             continue
         for name, (item, kind) in configuration.keys().items():
             value = configuration.default(item)
@@ -92,8 +81,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             configuration.checked(name, value, f"{unknown[0]} on the command line")
             raise InputError(f"command line: {unknown[0]} is not for {known.verb}; see alpha-maml {known.verb} --help")
         known.words = words
-        code = {"train": train, "sweep": sweep, "evaluate": evaluate, "adapt": adapt, "report": report, "sync": sync,
-                "slurm": slurm.submit}[known.verb](known, overrides)
+        code = {"train": train, "sweep": sweep, "evaluate": use.evaluate, "adapt": use.adapt, "export": use.export,
+                "report": report, "sync": sync, "slurm": slurm.submit}[known.verb](known, overrides)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node is enough
             print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
@@ -172,71 +161,6 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     return max(codes)
 
 
-def run_config(folder: Path, overrides: dict[str, str]) -> Config:
-    """The configuration of the run in `folder`, with what the command line changes; raises InputError."""
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"run_dir: {folder} is not a run's folder (it has no config.yaml); give one that is")
-    return configuration.build(folder / "config.yaml", overrides)
-
-
-def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
-    folder = configuration.build(None, {k: v for k, v in overrides.items() if k == "run_dir"}).run_dir
-    if folder is None:
-        raise InputError("run_dir: is needed here; give the folder of a trained run with --run_dir")
-    config = run_config(Path(folder), overrides)
-    from launch import runtime
-    from trainer import loop
-    from trainer.evaluate import evaluate as measure
-
-    if "evaluation.tasks" not in overrides:
-        config = replace(config, evaluation=replace(config.evaluation, tasks=600))
-    with runtime.world(config.device, config.engine.timeout) as world:
-        problem, state = loop.set_up(config, world)
-        state = loop.resume(state, Path(config.run_dir), world)
-        if state.iteration == 0:
-            raise InputError(f"run_dir: {config.run_dir} has no checkpoint yet; train it first")
-        alpha = state.rates.alpha.to(problem.dtype)
-        result = measure(problem.apply, problem.source, state.engine.learned(), alpha, known.split, config.evaluation.tasks,
-                         problem.inner(state.iteration), world)
-    if world.rank == 0:
-        shown = result._asdict() | {"split": known.split, "iteration": state.iteration, "steps": config.inner.steps,
-                                    "alpha": float(alpha.mean())}
-        for name in ("accuracy", "accuracy_ci95"):
-            shown[name] = None if shown[name] != shown[name] else shown[name]
-        print(json.dumps(shown))
-    return 0
-
-
-def adapt(known: argparse.Namespace, overrides: dict[str, str]) -> int:
-    import data
-    from data import examples
-
-    config = run_config(known.run_dir, {})
-    prepare = data.described(config.data, config.task.ways).prepare
-    support, query = (examples.read(path, f"--{name}", prepare)
-                      for name, path in (("support", known.support), ("query", known.query)))
-    if support.y is None:
-        raise InputError(f"--support: {known.support} has no labels; give a folder for each class, or an .npz file with y")
-    if known.steps is not None and known.steps < 0:
-        raise InputError(f"--inner.steps: {known.steps} must be 0 or more; correct it")
-    from trainer.learner import load
-
-    learner = load(known.run_dir)
-    try:
-        rows = learner.fit(support.x, support.y, known.steps).table(query.x, query.names)
-    except ValueError as error:
-        raise InputError(f"adapt: {error} (--support {known.support}, --query {known.query})") from None
-    try:
-        with known.out.open("w", newline="") if known.out else nullcontext(sys.stdout) as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-    except OSError as error:
-        raise InputError(f"--out: {known.out} cannot be written ({error.strerror}); choose another file") from None
-    if query.y is not None and not learner.regression:
-        right = sum(str(row[1]) == str(label) for row, label in zip(rows[1:], query.y))
-        print(f"accuracy {100 * right / len(query.y):.2f} % of {len(query.y)} examples", file=sys.stderr)
-    return 0
-
-
 def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     from trainer import report as reporting
 
@@ -261,7 +185,7 @@ def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
 def sync(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     from trainer import tracking
 
-    folder, config = known.run_dir, run_config(known.run_dir, {})
+    folder, config = known.run_dir, configuration.of_run(known.run_dir, {})
     try:
         state = tracking.sync(folder, config.tracking.timeout)
     except InputError:

@@ -21,7 +21,7 @@ def total_loss(problem: Small, theta: dict, alpha: torch.Tensor, loop: InnerLoop
     total = 0.0
     for b in range(len(problem.tasks.support_x)):
         task = problem.task(b)
-        phis = adaptation(problem.apply, problem.loss, theta, alpha, task.support_x, task.support_y, loop)
+        _, *phis = adaptation(problem.apply, problem.loss, theta, alpha, task.support_x, task.support_y, loop)
         losses = torch.stack([problem.loss(problem.apply(phi, task.query_x), task.query_y)[0] for phi in phis])
         total = total + (losses[-1] if loop.weights is None else losses @ loop.weights)
     return total

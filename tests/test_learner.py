@@ -14,6 +14,7 @@ from PIL import Image
 from processes import run, succeed
 
 from data.errors import InputError
+from launch.cli import main
 from trainer import config as configuration
 from trainer import load, loop
 from trainer.collective import World
@@ -135,6 +136,34 @@ def test_adapt_reads_folders_and_writes_a_table(trained: Path, drawings: tuple[P
     np.savez(tmp_path / "query.npz", x=stack(asked))
     printed = succeed("adapt", "--run_dir", trained, "--support", tmp_path / "support.npz", "--query", tmp_path / "query.npz")
     assert [row["label"] for row in csv.DictReader(io.StringIO(printed.stdout))] == [row["label"] for row in rows]
+
+
+def test_adapt_reaches_the_accuracy_of_the_evaluation_on_unseen_characters(trained: Path, tmp_path: Path):
+    """60 tasks of the test split as folders of PNG files, each through the whole of `adapt`: files, resizing, fit, table."""
+    count, queries = 60, 5
+    measured = json.loads(succeed("evaluate", "--run_dir", trained, "--evaluation.tasks", count, "--task.queries", queries,
+                                  "--inner.steps", 2, "--out", tmp_path / "evaluation").stdout)
+    config = configuration.build(trained / "config.yaml", {"task.queries": str(queries)})
+    problem, _ = loop.set_up(config, World())
+    tasks, right = problem.source.batch("test", 0, torch.arange(count)), []
+    for number in range(count):
+        sets = {}
+        for name in ("support", "query"):
+            for i, (x, y) in enumerate(zip(getattr(tasks, f"{name}_x")[number], getattr(tasks, f"{name}_y")[number])):
+                place = tmp_path / str(number) / name / f"character {int(y)}"
+                place.mkdir(parents=True, exist_ok=True)
+                ink = (255 * x[0]).round().to(torch.uint8).numpy()
+                Image.fromarray(255 - ink).resize((105, 105), Image.Resampling.NEAREST).save(place / f"{i}.png")
+            sets[name] = tmp_path / str(number) / name
+        out = tmp_path / f"{number}.csv"
+        with pytest.raises(SystemExit, match="0"):
+            main(["adapt", "--run_dir", str(trained), "--support", str(sets["support"]), "--query", str(sets["query"]),
+                  "--out", str(out), "--inner.steps", "2"])
+        rows = list(csv.DictReader(io.StringIO(out.read_text())))
+        assert len(rows) == WAYS * queries
+        right.append(np.mean([row["label"] == row["example"].split("/")[0] for row in rows]))
+    assert np.mean(right) == pytest.approx(measured["accuracy"], abs=measured["accuracy_ci95"])
+    assert measured["accuracy_ci95"] < 0.05 and measured["accuracy"] > 0.5
 
 
 def test_adapt_answers_for_a_regression(curves: Path, tmp_path: Path):

@@ -280,7 +280,19 @@ def from_text(name: str, text: str) -> Any:
 
 def build(file: Path | None, overrides: dict[str, str]) -> Config:
     """The checked configuration of a file (or of the defaults) and of the command line; raises InputError."""
-    values = {name: checked(name, value, f"in {file}") for name, value in (read_yaml(file) if file else {}).items()}
+    return of(read_yaml(file) if file else {}, f"in {file}", overrides)
+
+
+def of_run(folder: Path, overrides: dict[str, str]) -> Config:
+    """The configuration of the run in `folder`, with what the command line changes; raises InputError."""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"run_dir: {folder} is not a run's folder (it has no config.yaml); give one that is")
+    return build(folder / "config.yaml", overrides)
+
+
+def of(content: dict[str, Any], where: str, overrides: dict[str, str]) -> Config:
+    """The same of dotted keys that stand in `where`."""
+    values = {name: checked(name, value, where) for name, value in content.items()}
     values |= {name: checked(name, from_text(name, text), f"--{name}") for name, text in overrides.items()}
     config = Config()
     for name, value in values.items():

@@ -1,11 +1,13 @@
 """Figures of runs, readable in print and without colour vision."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008
@@ -162,3 +164,44 @@ def draw_maps(rows: list[dict[str, str]], keys: list[str], target: Path) -> list
     axes[0][0].set_ylabel(down)
     figure.suptitle("iterations to the threshold; blank: not reached", fontsize=11)
     return _save(figure, target)
+
+
+def draw_evaluation(steps: Sequence[int], curve: dict[str, list[float]], reliability: list[list[float]] | None, ece: float,
+                    target: Path) -> list[Path]:
+    """Means over tasks after each count of inner steps with their 95 % intervals, as `target`.png and .svg; for a
+    classification with a reliability diagram (Guo et al. 2017, figure 1) of (queries, their confidences' sum, those answered
+    right) in each bin of confidence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    names = ("accuracy", "loss") if reliability else ("loss",)
+    count = len(names) + bool(reliability)
+    figure, axes = pyplot.subplots(1, count, figsize=(4 * count, 4), layout="constrained", squeeze=False)
+    for axis, name, colour in zip(axes[0], names, COLOURS):
+        means, spreads = curve[name], curve[f"{name}_ci95"]
+        axis.errorbar(steps, means, spreads, fmt="o-", color=colour, linewidth=1.8, markersize=5, capsize=4)
+        axis.set(title=f"query {name} {means[-1]:.3f} ± {spreads[-1]:.3f}", xlabel="inner steps (bars: 95 % interval)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+    if reliability:
+        _draw_reliability(axes[0][-1], reliability, ece)
+        handles, labels = axes[0][-1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
+    return _save(figure, target)
+
+
+def _draw_reliability(axis: Axes, bins: list[list[float]], ece: float) -> None:
+    held = [(number, *values) for number, values in enumerate(bins) if values[0]]
+    total, width = sum(count for count, *_ in bins), 1 / len(bins)
+    centres = [(number + 0.5) * width for number, *_ in held]
+    axis.bar(centres, [right / count for _, count, _, right in held], 0.92 * width, color=COLOURS[5], label="accuracy in a bin")
+    axis.hlines([confidence / count for _, count, confidence, _ in held], [c - width / 2 for c in centres],
+                [c + width / 2 for c in centres], color=COLOURS[1], linewidth=2, label="mean confidence in a bin")
+    axis.bar(centres, [count / total for _, count, *_ in held], 0.35 * width, color="black", label="share of the queries")
+    axis.plot([0, 1], [0, 1], color="0.4", linewidth=0.9, linestyle="--")
+    axis.set_axisbelow(True)
+    axis.set(title=f"expected calibration error {ece:.3f}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
+    axis.grid(alpha=0.25)

@@ -1,10 +1,12 @@
 """A trained run put to use: few labelled examples of a new task in, predictions out."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -15,7 +17,8 @@ from data.errors import InputError
 from data.tasks import Loss
 from trainer import checkpoint, inner
 from trainer import config as configuration
-from trainer.inner import InnerLoop, Params
+from trainer.config import Config
+from trainer.inner import Params
 from trainer.maml import adapt
 
 
@@ -26,9 +29,10 @@ class Learner:
     Every `fit` starts from the same theta. Wrong input raises ValueError.
     """
 
-    def __init__(self, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor, loop: InnerLoop,
+    def __init__(self, config: Config, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor,
                  input_shape: tuple[int, ...], outputs: int, regression: bool):
-        self.apply, self.loss, self.theta, self.alpha, self.loop = apply, loss, theta, alpha, loop
+        self.config, self.apply, self.loss, self.theta, self.alpha = config, apply, loss, theta, alpha
+        self.loop = inner.at(config, inner.chosen(theta, config.inner.adapts), config.iterations, alpha.device)
         self.input_shape, self.outputs, self.regression = input_shape, outputs, regression
         self.classes_: np.ndarray | None = None  # of the task, sorted
         self.phi: Params | None = None
@@ -36,6 +40,9 @@ class Learner:
     def fit(self, support_x: np.ndarray, support_y: np.ndarray, steps: int | None = None) -> Learner:
         """Adapts by `steps` gradient steps (the run's K) to support_x [n, *input_shape] and its labels support_y [n], any
         values that numpy can sort; for regression support_y [n, outputs]."""
+        steps = self.config.inner.steps if steps is None else steps
+        if steps < 0:
+            raise ValueError(f"steps is {steps}, it must be 0 or more")
         x, y = self._inputs(support_x, "support_x"), np.asarray(support_y)
         if len(y) != len(x):
             raise ValueError(f"support_y has {len(y)} entries, support_x {len(x)}; give one for each")
@@ -51,8 +58,7 @@ class Learner:
             targets = torch.from_numpy(indices.reshape(-1)).to(x.device)
         self.classes_ = classes
         with torch.no_grad():
-            self.phi = adapt(self._outputs, self.loss, self.theta, self.alpha, x, targets,
-                             self.loop if steps is None else self.loop._replace(steps=steps))
+            self.phi = adapt(self._outputs, self.loss, self.theta, self.alpha, x, targets, self.loop._replace(steps=steps))
         if not all(bool(torch.isfinite(p).all()) for p in self.phi.values()):
             self.phi = None
             raise ValueError("support_x leads to weights that are not finite; its values should be like those in training")
@@ -87,6 +93,15 @@ class Learner:
         return [["example", "label", *(f"p_{label}" for label in self.classes_)],
                 *([name, label, *(f"{p:.6f}" for p in row)] for name, label, row in zip(names, labels, values))]
 
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file that `load` reads: theta under the names of the model's own parameters, a state_dict of
+        it, and in the metadata `alpha`, `inner.steps` and `config`, the keys that decided theta, as JSON. Raises OSError."""
+        facts = {"alpha": self.alpha.tolist(), "inner.steps": self.config.inner.steps,
+                 "config": configuration.trajectory(self.config)}
+        theta = {name: p.contiguous() for name, p in self.theta.items()}
+        metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
+        Path(path).write_bytes(safetensors.torch.save(theta, metadata))
+
     def _outputs(self, params: Params, x: Tensor) -> Tensor:
         """Of the classes that the task has; the others' outputs take no part."""
         outputs = self.apply(params, x)
@@ -108,31 +123,46 @@ class Learner:
         return x
 
 
-def load(run_dir: str | Path, device: str = "cpu") -> Learner:
-    """The learner of a trained run: what its newest whole checkpoint learned (theta's average where the run keeps one), its
-    alpha, and its K. The data set is not needed. Raises InputError where the folder holds no such run."""
-    folder = Path(run_dir)
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"run_dir: {folder} is not a run's folder (it has no config.yaml); give one that is")
-    config = configuration.build(folder / "config.yaml", {})
-    path, _ = checkpoint.newest(folder / "checkpoints")
-    if path is None:
-        raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
-    state, dtype = checkpoint.read(path), getattr(torch, config.precision)
+def load(path: str | Path, device: str = "cpu") -> Learner:
+    """The learner of a trained run's folder, or of the .safetensors file that `Learner.save` wrote of one: what was learned
+    (of a folder, by its newest whole checkpoint; theta's average where the run keeps one), its alpha, and its K. The data set
+    is not needed. Raises InputError where there is no such run.
+
+    A configuration may name a model or a data set by import path, which runs that code: load only what you trust."""
+    path = Path(path)
+    config, theta, alpha = _saved(path) if path.suffix == ".safetensors" else _trained(path)
+    dtype = getattr(torch, config.precision)
     kind = data.described(config.data, config.task.ways)
     model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
                          config.model.args)
-    names = [name for name, _ in model.named_parameters()]
-    prefix = "outer.average." if f"outer.average.{names[0]}" in state else "theta."
-    if any(prefix + name not in state for name in names):
+    if any(name not in theta for name, _ in model.named_parameters()):
         raise InputError(f"run_dir: {path} does not hold the parameters of model.name {config.model.name}; use the code that "
                          "the run was trained with")
-    theta = {name: state[prefix + name].to(device, dtype) for name in names}
+    theta = {name: theta[name].to(device, dtype) for name, _ in model.named_parameters()}
     model = model.to("meta")
 
     def apply(params: Params, x: Tensor) -> Tensor:
         return functional_call(model, params, (x,))
 
-    loop = inner.at(config, inner.chosen(names, config.inner.adapts), config.iterations, torch.device(device))
-    return Learner(apply, kind.loss, theta, state["rates.alpha"].to(device, dtype), loop, kind.input_shape,
-                   kind.outputs, kind.regression)
+    return Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
+
+
+def _trained(folder: Path) -> tuple[Config, Params, Tensor]:
+    config = configuration.of_run(folder, {})
+    path, _ = checkpoint.newest(folder / "checkpoints")
+    if path is None:
+        raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
+    state = checkpoint.read(path)
+    prefix = "outer.average." if any(name.startswith("outer.average.") for name in state) else "theta."
+    return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, state["rates.alpha"]
+
+
+def _saved(path: Path) -> tuple[Config, Params, Tensor]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = {name: json.loads(file.metadata()[name]) for name in ("config", "alpha")}
+            theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, not a dict
+        return configuration.of(facts["config"], f"in {path}", {}), theta, torch.tensor(facts["alpha"], dtype=torch.float64)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is not a whole file of `alpha-maml export` ({type(error).__name__}: {error}); write it "
+                         "again") from None

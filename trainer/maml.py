@@ -115,8 +115,9 @@ def _direction(g: Params, phi: Params, hessian: Callable | None, loop: InnerLoop
 
 def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor,
                loop: InnerLoop) -> Iterator[Params]:
-    """phi_1, ..., phi_K of one task's support set x [n, *input], y [n, ...]."""
+    """phi_0 = theta, phi_1, ..., phi_K of one task's support set x [n, *input], y [n, ...]."""
     support, phi = _support(apply, loss, x, y, loop.adapted or tuple(theta)), theta
+    yield phi
     for k in range(loop.steps):
         direction, _ = _direction(support(phi, False)[0], phi, None, loop, 0)
         phi = _moved(phi, rates_of_step(alpha, loop, theta, k), direction)
@@ -125,7 +126,6 @@ def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor
 
 def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, loop: InnerLoop) -> Params:
     """theta' = phi_K of one task's support set."""
-    phi = theta
     for phi in adaptation(apply, loss, theta, alpha, x, y, loop):  # noqa: B007  one phi_k is held at a time
         continue
     return phi

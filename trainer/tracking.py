@@ -1,4 +1,5 @@
-"""MLflow, apart from training: a process of its own ships the run's folder to the store (the only import of mlflow).
+"""MLflow, apart from training: a process of its own ships the run's folder to the store (the only import of mlflow, but for
+serving.py, which MLflow itself runs).
 
 The folder is the queue (spool.py). The sender keeps how far it came in tracking.json, so that it can be killed, restarted,
 or run long afterwards (`alpha-maml sync`) without losing or doubling a point: a point sent again with the timestamp of its
@@ -15,18 +16,24 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from math import log10
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer import comparison, spool
 from trainer.config import Config, build, flat_values
+
+if TYPE_CHECKING:  # imports torch
+    from trainer.learner import Learner
 
 STATE = "tracking.json"  # run_id, experiment_id and offset: the byte of metrics.jsonl up to which all is in the store
 BATCH = 1000  # MLflow's limit of metrics a request
 POLL = 1.0  # seconds between looks at the folder
 LONGEST_WAIT = 10.0  # seconds between attempts while the store does not answer
+SERVING = ("mlflow", "numpy", "pyyaml", "safetensors", "torch")  # packages that a served model needs
 
 
 def store_uri(config: Config, run_dir: Path) -> str:
@@ -98,6 +105,42 @@ def log_figure(config: Config, run_dir: Path, paths: list[Path]) -> None:
     client.set_terminated(run_id, "FINISHED")
 
 
+def log_evaluation(config: Config, run_dir: Path, figures: dict[str, float], paths: list[Path], place: str) -> None:
+    """Figures without a step, and files as artifacts under `place`, in the run of `run_dir`."""
+    client, run_id = connected(store_uri(config, run_dir)), read_state(run_dir)["run_id"]
+    for name, value in figures.items():
+        client.log_metric(run_id, name, value)
+    for path in paths:
+        client.log_artifact(run_id, str(path), place)
+
+
+def log_model(config: Config, run_dir: Path, learner: Learner, weights: Path) -> str:
+    """The learner, whose saved file is `weights`, as a model of the run of `run_dir`; its address in the store. The model holds
+    this code, so that whoever serves it needs no copy of it."""
+    connected(store_uri(config, run_dir))
+    import mlflow
+    import numpy as np
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    number = np.dtype(config.precision)
+    x = (-1, *learner.input_shape)
+    label = (number, (-1, learner.outputs)) if learner.regression else (np.dtype(np.int64), (-1,))
+    inputs = Schema([TensorSpec(number, x, "support_x"), TensorSpec(*label, "support_y"), TensorSpec(number, x, "query_x")])
+    outputs = Schema([TensorSpec(np.dtype(np.float64), (-1, -1))])
+    params = ParamSchema([ParamSpec("inner_steps", "long", config.inner.steps)])
+    here, state = Path(__file__).parent, read_state(run_dir)
+    mlflow.set_tracking_uri(store_uri(config, run_dir))
+    mlflow.set_experiment(experiment_id=state["experiment_id"])
+    with warnings.catch_warnings(record=True):  # asks for type hints and an example, for which the signature stands
+        logged = Model.log(
+            None, mlflow.pyfunc, name="model", run_id=state["run_id"], python_model=str(here / "serving.py"),
+            artifacts={"weights": str(weights)}, signature=ModelSignature(inputs, outputs, params),
+            code_paths=[str(here.parent / package) for package in ("trainer", "data", "models")],
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVING])
+    return logged.model_uri
+
+
 def ship(run_dir: Path, ended: Callable[[], bool], patience: float) -> dict:
     """Ships `run_dir` until `ended()` and everything is in the store; then at most `patience` seconds more, after which
     it raises the store's last error. Returns the sender's state. Only one sender works on a folder at a time."""
@@ -131,6 +174,7 @@ def connected(uri: str):
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # `ship` retries, and says so
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     with _initialised(uri):

@@ -54,7 +54,7 @@ def test_world_sizes_agree_whatever_adapts_and_however(options: tuple, tmp_path:
         for names in ("theta.", "rates.alpha", "rates.beta"):
             assert relative(states[size], states[1], names) <= 1e-12, (size, names)
     start = torch.full_like(states[1]["rates.alpha"], 0.01)
-    assert float((states[1]["rates.alpha"] != start).double().mean()) > 0.8, "rates never moved"  # a dead unit has none
+    assert float((states[1]["rates.alpha"] != start).double().mean()) > 0.5, "rates never moved"  # a dead unit has none
 
 
 def test_the_same_world_size_twice_gives_the_same_bits_and_so_does_a_resumed_run(tmp_path: Path):

@@ -1,0 +1,136 @@
+"""The exported weights, and the learner as an MLflow model: a real server, a real request, the numbers of `predict_proba`."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import free_port, run, succeed
+from safetensors.torch import load_file
+
+import models
+from data.errors import InputError
+from trainer import checkpoint, load
+
+WAYS = 3
+TRAIN = ("train", "--iterations", 20, "--evaluation.tasks", 8)
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory: pytest.TempPathFactory, omniglot_root: str) -> Path:
+    """A tracked run of Omniglot."""
+    folder = tmp_path_factory.mktemp("drawing") / "run"
+    succeed(*TRAIN, "--data.name", "omniglot", "--data.root", omniglot_root, "--model.name", "conv4", "--model.channels", 4,
+            "--task.ways", WAYS, "--task.shots", 1, "--task.queries", 2, "--task.batch", 2, "--run_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untracked run of sinusoids, with an average of theta."""
+    folder = tmp_path_factory.mktemp("curve") / "run"
+    succeed(*TRAIN, "--task.batch", 4, "--tracking.uri", "disabled", "--run_dir", folder)
+    return folder
+
+
+def test_exported_weights_are_a_state_dict_and_a_learner(curve: Path, tmp_path: Path):
+    file = tmp_path / "weights.safetensors"
+    result = succeed("export", "--run_dir", curve, "--out", file)
+    assert result.stdout == f"{file}\n" and result.stderr == "alpha-maml: not in MLflow (tracking.uri is disabled)\n"
+    model = models.build("mlp", (1,), 1, 0, None, {})
+    model.load_state_dict(load_file(file))
+    state = checkpoint.read(checkpoint.saved(curve / "checkpoints")[-1])
+    for name, p in model.named_parameters():
+        assert torch.equal(p, state[f"outer.average.{name}"]) and not torch.equal(p, state[f"theta.{name}"])
+    x = np.linspace(-5, 5, 20)[:, None]
+    expected, found = (load(path).fit(x[::2], np.sin(x[::2]), 3).predict(x) for path in (curve, file))
+    assert np.array_equal(found, expected)
+    assert str(curve.parent) not in file.read_bytes()[:4000].decode(errors="ignore"), "names this machine"
+
+
+def test_what_is_no_export_is_one_line(curve: Path, tmp_path: Path):
+    succeed("export", "--run_dir", curve)
+    whole = (curve / "model.safetensors").read_bytes()
+    for content in (None, b"", b"no weights", whole[:-1], (checkpoint.saved(curve / "checkpoints")[-1]
+                                                           / "state.safetensors").read_bytes()):
+        file = tmp_path / "x.safetensors"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(InputError, match="is not a whole file of `alpha-maml export`"):
+            load(file)
+    for arguments, words in ((("--run_dir", tmp_path), "is not a run's folder"),
+                             (("--run_dir", curve, "--out", tmp_path / "a.pt"), "must end in .safetensors"),
+                             (("--run_dir", curve, "--out", tmp_path / "none/a.safetensors"), "cannot be written")):
+        result = run("export", *arguments)
+        assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def ask(drawing: Path, tmp_path: Path) -> Callable[[object], tuple[int, dict]]:
+    """Exports the run, starts the very command that is printed, and posts JSON to it."""
+    file, command = succeed("export", "--run_dir", drawing).stdout.splitlines()
+    assert file == str(drawing / "model.safetensors")
+    store, *words = command.split()
+    name, uri = store.split("=", 1)
+    port = free_port()
+    away = {"PYTHONPATH": "", name: uri, "MLFLOW_DISABLE_TELEMETRY": "true"}  # the model brings its own code
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", *words, "--port", str(port)], cwd=tmp_path, stdout=log, stderr=log,
+                                   env=os.environ | away, start_new_session=True)
+
+    def post(content: object) -> tuple[int, dict]:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", json.dumps(content).encode(),
+                                         {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+                    break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+        yield post
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_served_model_answers_as_the_learner_does(drawing: Path, ask: Callable):
+    random = np.random.default_rng(0)
+    support, query = random.random((2 * WAYS, 1, 28, 28), np.float32), random.random((7, 1, 28, 28), np.float32)
+    labels = np.arange(2 * WAYS) % WAYS * 10
+    inputs = {"support_x": support.tolist(), "support_y": labels.tolist(), "query_x": query.tolist()}
+    for params, steps in (({}, 1), ({"params": {"inner_steps": 3}}, 3)):
+        code, answer = ask({"inputs": inputs} | params)
+        assert code == 200, answer
+        expected = load(drawing).fit(support, labels, steps).predict_proba(query)
+        assert np.abs(np.array(answer["predictions"]) - expected).max() < 1e-12
+    small = {name: values[:WAYS] for name, values in inputs.items()}
+    for content, words in (
+            ({"inputs": small | {"support_y": [0, 0, 0]}}, "support_y holds 1 classes"),
+            ({"inputs": small | {"support_y": [0, 1]}}, "support_y has 2 entries, support_x 3"),
+            ({"inputs": small, "params": {"inner_steps": -1}}, "steps is -1, it must be 0 or more"),
+            ({"inputs": small, "params": {"inner_steps": "many"}}, "inner_steps"),
+            ({"inputs": small | {"query_x": [[1.0]]}}, "query_x"),
+            ({"inputs": {"support_x": small["support_x"]}}, "support_y"),
+            ({"nothing": 1}, "inputs")):
+        code, answer = ask(content)
+        assert code == 400 and words in answer["message"], (code, answer["message"][-300:])
