@@ -97,6 +97,7 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = configuration.build(known.config, overrides)
     from launch import runtime
     from launch.progress import Progress
+    from models.checks import out_of_memory
     from trainer import loop
 
     stop = runtime.StopRequest()
@@ -108,7 +109,7 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
             print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
             status = "FAILED"
         except RuntimeError as error:
-            if not loop.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             print(f"alpha-maml: out of memory with inner.steps {config.inner.steps} and task.chunk {config.task.chunk}; set "
                   "task.chunk to fewer tasks at once, or inner.recompute to true; the last checkpoint is from before",

@@ -1,6 +1,7 @@
 """Models by name. A model is a torch.nn.Module built as Model(input_shape, outputs, **arguments); it maps inputs
-[n, *input_shape] to outputs [n, outputs] and keeps no state but its parameters. One that also has `forward_tasks`, as
-models.mlp shows it, runs many tasks at once, faster; its second derivatives must be right without vmap."""
+[n, *input_shape] to outputs [n, outputs] and keeps no state but its parameters (buffers are constants). One that also has
+`forward_tasks`, as models.mlp shows it, runs many tasks at once, faster; its second derivatives must be right without vmap.
+What users need to know is in docs/models.md."""
 from __future__ import annotations
 
 import importlib
@@ -10,37 +11,47 @@ import torch
 from torch import nn
 
 from data.errors import InputError
+from models.checks import check, reason
+from models.functional import function, skeleton
+
+__all__ = ["build", "check", "function", "skeleton"]
+
+SHIPPED = {"mlp": "models.mlp:MLP", "conv4": "models.conv4:Conv4", "resnet12": "models.resnet12:ResNet12"}
 
 
 def build(name: str, input_shape: tuple[int, ...], outputs: int, seed: int, channels: int | None = None,
           args: dict[str, Any] | None = None) -> nn.Module:
-    """The model `name` (mlp, conv4, conv4_pooled, or package.module:Class), initialised from `seed` alone.
+    """The model `name` (mlp, conv4, conv4_pooled, resnet12, or package.module:Class), initialised from `seed` alone.
 
-    Raises InputError where it cannot be found, built or adapted.
+    Raises InputError where it cannot be found or built, or has parameters that cannot be adapted.
     """
     arguments = dict(args or {})
     if channels is not None:
         arguments["channels"] = channels
     if name == "conv4_pooled":
         name, arguments["pooled"] = "conv4", True
-    path = {"mlp": "models.mlp:MLP", "conv4": "models.conv4:Conv4"}.get(name, name)
-    module, _, attribute = path.partition(":")
+    module, _, attribute = SHIPPED.get(name, name).partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"model.name: {name!r} cannot be imported ({error}); it must be package.module:Class and on "
+    except Exception as error:  # importing runs the user's code
+        raise InputError(f"model.name: {name!r} cannot be imported ({reason(error)}); it must be package.module:Class and on "
                          "PYTHONPATH") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model = factory(input_shape, outputs, **arguments)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             raise InputError(f"model.args: {name} cannot be built from input_shape={input_shape}, outputs={outputs}, "
-                             f"{arguments} ({error}); correct model.args") from None
+                             f"{arguments} ({reason(error)}); correct model.args") from None
     if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         raise InputError(f"model.name: {name} has no parameters to adapt; return a torch.nn.Module with some")
-    if any(True for _ in model.buffers()):
-        buffer = next(name for name, _ in model.named_buffers())
-        raise InputError(f"model.name: {name} keeps state beside its parameters ({buffer}), which would leak between "
-                         "tasks; use batch statistics (track_running_stats=False) or register no buffer")
+    for parameter, value in model.named_parameters():
+        if isinstance(value, nn.UninitializedParameter):
+            raise InputError(f"model.name: {name} has a parameter without a shape ({parameter}); use no lazy module")
+        if not value.is_floating_point():
+            raise InputError(f"model.name: {name} has a parameter of {value.dtype} ({parameter}), which no gradient step can "
+                             "move; make it real, or register a constant as a buffer")
+        if not value.requires_grad:
+            raise InputError(f"model.name: {name} has a parameter that requires no gradient ({parameter}), but all parameters "
+                             "are learned; register a constant as a buffer")
     return model

@@ -6,23 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.convolution import Convolution, NormRelu
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation by the batch's own statistics (MAML's transductive setting): no buffers, so nothing can leak
-    between tasks or ranks. x [n, C, H, W].
-
-    The affine part stands outside the fused call because torch's batching rule for the fused affine form has wrong
-    second derivatives under vmap (tests/test_maml.py holds the measurement).
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.batch_norm(x, None, None, None, None, training=True)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+from models.norm import Norm
 
 
 class Convolution3x3(nn.Module):
@@ -31,22 +15,24 @@ class Convolution3x3(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
         self.stride = stride
-        # No bias: batch normalisation subtracts the mean, so a bias before it would have gradient zero.
+        # No bias: the norm has one, and batch normalisation would subtract a bias before it.
         self.weight = nn.Parameter(torch.empty(outputs, 3, 3, inputs))
         nn.init.xavier_uniform_(self.weight.permute(0, 3, 1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.permute(0, 3, 1, 2).contiguous(), stride=self.stride, padding=1)
+        # Channels first without doubt: strides that could mean channels last (C = 1) end in an error of pooling under vmap.
+        weight = self.weight.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        return F.conv2d(x, weight, stride=self.stride, padding=1)
 
 
 class Block(nn.Module):
-    """3 x 3 convolution, batch normalisation, ReLU; halves H and W by its stride or by 2 x 2 max pooling."""
+    """3 x 3 convolution, norm, ReLU; halves H and W by its stride or by 2 x 2 max pooling."""
 
-    def __init__(self, inputs: int, channels: int, pooled: bool):
+    def __init__(self, inputs: int, channels: int, pooled: bool, norm: str):
         super().__init__()
         self.pooled = pooled
         self.conv = Convolution3x3(inputs, channels, stride=1 if pooled else 2)
-        self.norm = BatchNorm(channels)
+        self.norm = Norm(channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.conv(x)))
@@ -58,21 +44,25 @@ class Conv4(nn.Module):
 
     `pooled=False`, MAML's net for Omniglot: strided convolutions, mean over positions, linear head.
     `pooled=True`, MAML's net for colour images: max pooling, and a linear head on all positions.
+    `norm` is a mode of models.norm; under batch, the default, many tasks run at once by hand-written derivatives.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int, channels: int = 64, pooled: bool = False):
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, channels: int = 64, pooled: bool = False,
+                 norm: str = "batch"):
         super().__init__()
         if len(input_shape) != 3:
             raise ValueError("it takes images, of the shape [C, H, W]")
         colours, *size = input_shape
         sizes = [colours] + [channels] * 4
-        self.blocks = nn.Sequential(*[Block(i, o, pooled) for i, o in zip(sizes, sizes[1:])])
+        self.blocks = nn.Sequential(*[Block(i, o, pooled, norm) for i, o in zip(sizes, sizes[1:])])
         self.pooled = pooled
         positions = (size[0] // 16) * (size[1] // 16) if pooled else 1
         if positions < 1:
             raise ValueError(f"images of {size[0]} x {size[1]} are too small for four poolings: 16 x 16 is the least")
         self.head = nn.Linear(channels * positions, outputs)
         nn.init.zeros_(self.head.bias)
+        if norm != "batch":
+            self.forward_tasks = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from processes import ROOT, command, free_port
-from torch.func import functional_call
 
 import models
 from data.tasks import TaskBatch, classification_loss, regression_loss
@@ -112,28 +111,26 @@ def newest_state(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 class Small:
-    """A float64 problem of one shipped model, small enough for finite differences."""
+    """A float64 problem of one model, small enough for finite differences."""
 
-    def __init__(self, name: str, tasks: int = 3):
+    def __init__(self, name: str, tasks: int = 3, **args):
         generator = torch.Generator().manual_seed(7)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
         if name == "mlp":
-            shape, outputs, self.loss, channels, args = (1,), 1, regression_loss, 8, {}
+            shape, outputs, self.loss = (1,), 1, regression_loss
             self.tasks = TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
         else:
-            shape, outputs, self.loss, channels = (1, 16, 16), 3, classification_loss, 4
-            args = {}
+            shape, outputs, self.loss = (1, 16, 16), 3, classification_loss
             labels = torch.arange(3).expand(tasks, 3)
             self.tasks = TaskBatch(random(tasks, 3, *shape), labels, random(tasks, 3, *shape), labels)
+        channels = args.pop("channels", {"mlp": 8, "conv4": 4, "conv4_pooled": 4, "resnet12": 2}.get(name))
         self.model = models.build(name, shape, outputs, 3, channels, args).double()
         self.theta = {name: p.detach() for name, p in self.model.named_parameters()}
         self.alpha = torch.tensor(0.2, dtype=torch.float64)
-
-    def apply(self, params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return functional_call(self.model, params, (x,))
+        self.apply = models.function(self.model, training=True)
 
     def task(self, b: int) -> TaskBatch:
         return TaskBatch(*(x[b] for x in self.tasks))

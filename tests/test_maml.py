@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from data.tasks import TaskBatch
 from models import convolution
 from trainer.inner import InnerLoop
-from trainer.maml import adapt, dot, meta_gradient, task_meta_gradient
+from trainer.maml import adapt, dot, meta_gradient, one_task, task_meta_gradient
 
 SHIPPED = ("mlp", "conv4", "conv4_pooled")
 
@@ -55,16 +55,18 @@ def test_agrees_with_central_differences(name: str, steps: int, way: str):
 
 
 @pytest.mark.parametrize("recompute", (False, True))
-@pytest.mark.parametrize("way", ("one by one in vmap", "all at once", "all at once, a convolution call for each task"))
+@pytest.mark.parametrize("way", ("one by one in vmap", "one after the other", "all at once",
+                                 "all at once, a convolution call for each task"))
 @pytest.mark.parametrize("order", ("second", "first"))
 @pytest.mark.parametrize("name", SHIPPED)
 def test_equals_a_loop_over_tasks(name: str, order: str, way: str, recompute: bool, monkeypatch):
     if way.endswith("each task"):
         monkeypatch.setattr(convolution, "DIRECT", 0)
     problem = Small(name)
+    alone, at_once = way == "one after the other", problem.model.forward_tasks if way.startswith("all") else None
     total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks,
-                          InnerLoop(2, order, recompute=recompute),
-                          forward_tasks=problem.model.forward_tasks if way.startswith("all") else None)
+                          InnerLoop(2, order, recompute=recompute), 1 if alone else 0,
+                          one_task(problem.apply) if alone else at_once)
     each = [task_meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.task(b), InnerLoop(2, order))
             for b in range(3)]
     assert relative({n: sum(e.gradient[n] for e in each) for n in problem.theta}, total.gradient) < 1e-12

@@ -18,10 +18,15 @@ class Own(nn.Module):
         return self.layers(x)
 
 
-class Running(Own):
-    def __init__(self, input_shape, outputs):
+class Extra(Own):
+    def __init__(self, input_shape, outputs, extra):
         super().__init__(input_shape, outputs)
-        self.norm = nn.BatchNorm1d(3)
+        if extra == "lazy":
+            self.more = nn.LazyLinear(2)
+        elif extra == "fails":
+            raise KeyError("no such extra")
+        else:
+            self.more = nn.Parameter(torch.ones(2, dtype=getattr(torch, extra)), requires_grad=False)
 
 
 class Nothing(nn.Module):
@@ -58,7 +63,12 @@ def test_a_model_of_ones_own():
     (("nowhere.to:Find", (2,), 1, 0), "model.name: 'nowhere.to:Find' cannot be imported"),
     (("test_models:Missing", (2,), 1, 0), "cannot be imported"),
     (("test_models:Own", (2,), 1, 0, 5), "model.args: .* cannot be built .*channels"),
-    (("test_models:Running", (2,), 1, 0), "keeps state .*norm.running_mean.*track_running_stats"),
+    (("test_models:Extra", (2,), 1, 0, None, {"extra": "lazy"}), r"without a shape \(more.weight\)"),
+    (("test_models:Extra", (2,), 1, 0, None, {"extra": "int64"}), r"a parameter of torch.int64 \(more\)"),
+    (("test_models:Extra", (2,), 1, 0, None, {"extra": "float32"}), r"requires no gradient \(more\).*as a buffer"),
+    (("test_models:Extra", (2,), 1, 0, None, {"extra": "fails"}), "KeyError: 'no such extra', at test_models.py"),
+    (("conv4", (1, 28, 28), 1, 0, None, {"norm": "frozen"}), "norm 'frozen' must be one of batch, group, layer, none"),
+    (("resnet12", (1, 8, 8), 1, 0), "8 x 8 are too small"),
     (("test_models:Nothing", (2,), 1, 0), "no parameters"),
     (("conv4_pooled", (1, 8, 8), 1, 0), "8 x 8 are too small"),
 ))

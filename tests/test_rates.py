@@ -37,7 +37,10 @@ class Quadratics:
 
 def trajectory(config: Config, iterations: int, scale: float = 1.0) -> list[tuple[float, ...]]:
     theta = {"p": torch.tensor([0.7, -0.4], dtype=torch.float64)}
-    problem = Problem(config, World(), Quadratics(scale), lambda params, x: params["p"] - x, torch.arange(3), torch.float64)
+    def apply(params: dict, x: torch.Tensor) -> torch.Tensor:
+        return params["p"] - x
+
+    problem = Problem(config, World(), Quadratics(scale), apply, apply, torch.arange(3), torch.float64)
     state = State(TorchEngine(theta, config, World()), rates.initial(config.rates, torch.device("cpu")), 0)
     seen = []
     for _ in range(iterations):

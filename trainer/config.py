@@ -26,6 +26,8 @@ NOT_NEGATIVE: Rule = (lambda v: v >= 0, "must be 0 or more")
 AT_LEAST_ONE: Rule = (lambda v: v >= 1, "must be 1 or more")
 NOT_EMPTY: Rule = (lambda v: v != "" and v.isprintable(), "must be printable text, not empty")
 
+IMAGE_MODELS = ("conv4", "conv4_pooled", "resnet12")
+
 
 def key(default: Any, meaning: str, rule: Rule | None = None) -> Any:
     metadata = {"meaning": meaning, "rule": rule}
@@ -46,9 +48,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = key("mlp", "mlp, conv4, conv4_pooled, or your own as package.module:Class", NOT_EMPTY)
+    name: str = key("mlp", "mlp, conv4, conv4_pooled, resnet12, or your own as package.module:Class", NOT_EMPTY)
     channels: int | None = key(None, "width; null takes the model's own", AT_LEAST_ONE)
     args: dict = key({}, "further keyword arguments of the model's class")
+    randomness: Literal["error", "different", "same"] = key(
+        "error", "random numbers, such as dropout's, that the model draws in training: error refuses them, different draws for "
+        "each task, same draws once for all tasks")
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Inner:
         0, "MAML++'s derivative-order annealing: iterations at the start that are of first order", NOT_NEGATIVE)
     recompute: bool | None = key(
         None, "compute inner steps anew in the backward sweep instead of keeping their graphs: memory that hardly grows with "
-        "steps, for more time; null is above 8 steps")
+        "steps, for more time; null is above 8 steps, unless model.randomness")
 
 
 @dataclass(frozen=True)
@@ -319,6 +324,9 @@ def check_together(config: Config) -> None:
             if not rates.minimum <= value <= rates.maximum:
                 raise InputError(f"rates.{name}: {value} must lie within rates.minimum {rates.minimum} and rates.maximum "
                                  f"{rates.maximum} under rule adaptive; change it or the bounds")
+    if config.inner.recompute and config.model.randomness != "error":
+        raise InputError("inner.recompute: true would draw model.randomness anew where it computes anew; leave it null, or set "
+                         "model.randomness to error")
     if config.engine.name == "deepspeed" and config.precision != "float32":
         raise InputError(f"precision: {config.precision} is not for engine.name deepspeed, whose shards are float32; use "
                          "float32, or engine.name torch")
@@ -336,10 +344,10 @@ def check_together(config: Config) -> None:
         for name, ways in (("ways", task.ways), ("min_ways", task.min_ways)):
             if ways is not None and ways < 2:
                 raise InputError(f"task.{name}: {ways} must be 2 or more for classification; set it, 5 is common")
-    if ":" not in config.model.name and config.model.name not in ("mlp", "conv4", "conv4_pooled"):
-        raise InputError(f"model.name: {config.model.name!r} must be mlp, conv4, conv4_pooled or package.module:Class; "
+    if ":" not in config.model.name and config.model.name not in ("mlp", *IMAGE_MODELS):
+        raise InputError(f"model.name: {config.model.name!r} must be mlp, {', '.join(IMAGE_MODELS)} or package.module:Class; "
                          "change it")
-    if config.model.name.startswith("conv4") and config.data.name == "sinusoid":
+    if config.model.name in IMAGE_MODELS and config.data.name == "sinusoid":
         raise InputError(f"model.name: {config.model.name} takes images, data.name sinusoid has none; use mlp")
 
 

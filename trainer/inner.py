@@ -32,11 +32,13 @@ class InnerLoop(NamedTuple):
     weight_decay: float = 0.0  # adds weight_decay / 2 |phi|^2 to the support loss
     weights: Tensor | None = None  # [K], of the query loss after each step; None: the last alone counts
     recompute: bool | None = None  # inner steps anew in the backward sweep; None: above RECOMPUTE_ABOVE steps
+    randomness: str = "error"  # in vmap's words: what the model may draw: nothing, "different" for each task, or the "same"
+    seed: int = 0  # of that: for the shard's first task, the next task's is one more, or for all
 
 
-def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: torch.device) -> InnerLoop:
+def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: torch.device, seed: int = 0) -> InnerLoop:
     """The inner loop of the iteration (counted from 0): MAML++'s two annealings (sections 3 and 4) start from a cheaper and a
-    smoother objective and end at MAML's own."""
+    smoother objective and end at MAML's own. `seed` is the model's for iteration 0."""
     inner = config.inner
     order = "first" if iteration < inner.first_order_iterations and inner.order == "second" else inner.order
     weights = None
@@ -44,8 +46,9 @@ def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: 
         early = (1 - iteration / inner.multi_step_iterations) / inner.steps
         weights = torch.full((inner.steps,), early, dtype=torch.float64, device=device)
         weights[-1] = 1 - (inner.steps - 1) * early
-    return InnerLoop(inner.steps, order, adapted, config.rates.alpha_shape, inner.clip, inner.weight_decay, weights,
-                     inner.recompute)
+    recompute = inner.recompute if config.model.randomness == "error" else False  # computing anew would draw anew
+    return InnerLoop(inner.steps, order, adapted, config.rates.alpha_shape, inner.clip, inner.weight_decay, weights, recompute,
+                     config.model.randomness, seed + config.task.batch * iteration)
 
 
 def chosen(names: Iterable[str], adapts: str) -> tuple[str, ...] | None:

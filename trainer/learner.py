@@ -9,7 +9,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 import data
 import models
@@ -139,11 +138,7 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
         raise InputError(f"run_dir: {path} does not hold the parameters of model.name {config.model.name}; use the code that "
                          "the run was trained with")
     theta = {name: theta[name].to(device, dtype) for name, _ in model.named_parameters()}
-    model = model.to("meta")
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return functional_call(model, params, (x,))
-
+    apply = models.function(model.to(device, dtype), training=False)
     return Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
 
 

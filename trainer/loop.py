@@ -1,8 +1,9 @@
 """The training step, and the loop around it."""
 from __future__ import annotations
 
-import copy
+import math
 import platform
+import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +14,6 @@ from typing import NamedTuple
 import pooch
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 import data
 import models
@@ -24,8 +24,8 @@ from trainer.collective import World, broadcast, broadcast_state
 from trainer.config import Config, build, run_dir, to_yaml, trajectory
 from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
-from trainer.inner import InnerLoop, Params
-from trainer.maml import Apply, meta_gradient
+from trainer.inner import InnerLoop
+from trainer.maml import VMAP_INPUTS, Apply, meta_gradient, one_task
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
            "hypergradients/beta", "guards/skipped")
@@ -37,11 +37,6 @@ class Diverged(Exception):
     """No iteration gives a finite loss any more; the message says where and what to try."""
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether that is what torch says, of a GPU or of this machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 @dataclass(frozen=True)
 class Problem:
     """What stays the same over a run."""
@@ -49,14 +44,17 @@ class Problem:
     config: Config
     world: World
     source: TaskSource
-    apply: Apply
+    apply: Apply  # in evaluation mode
+    train_apply: Apply  # in training mode, in which a model may draw random numbers
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
-    forward_tasks: Apply | None = None  # `apply` of many tasks at once, where the model can
+    forward_tasks: Apply | None = None  # `train_apply` of many tasks at once, where the model can
+    chunk: int = 0  # tasks differentiated at once; 0 is automatic
     adapted: tuple[str, ...] | None = None  # the tensors that move within a task; None: all
+    draw_seed: int = 0  # of what the model draws in iteration 0: for this rank's first task, or for all tasks
 
     def inner(self, iteration: int) -> InnerLoop:
-        return inner.at(self.config, self.adapted, iteration, self.world.device)
+        return inner.at(self.config, self.adapted, iteration, self.world.device, self.draw_seed)
 
 
 class State(NamedTuple):
@@ -75,8 +73,8 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     config, world, batch = problem.config, problem.world, problem.config.task.batch
     tasks = problem.source.batch("train", state.iteration, problem.indices)
     alpha = state.rates.alpha.to(problem.dtype)
-    local = meta_gradient(problem.apply, problem.source.loss, state.engine.theta(), alpha, tasks,
-                          problem.inner(state.iteration), config.task.chunk, problem.forward_tasks)  # 1: adapt with alpha_t
+    local = meta_gradient(problem.train_apply, problem.source.loss, state.engine.theta(), alpha, tasks,
+                          problem.inner(state.iteration), problem.chunk, problem.forward_tasks)  # 1: adapt with alpha_t
     decided = []
 
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
@@ -106,20 +104,26 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
                         say if world.rank == 0 else lambda line: None)
     model = models.build(config.model.name, source.input_shape, source.outputs, config.seed, config.model.channels,
                          config.model.args).to(world.device, dtype)
-    skeleton = copy.deepcopy(model).to("meta")  # theta lives in the engine
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return functional_call(skeleton, params, (x,))
-
+    models.check(config.model.name, model, source.input_shape, source.outputs, config.model.randomness,
+                 config.inner.order == "second")
+    skeleton, indices = models.skeleton(model), world.shard(task.batch)  # theta lives in the engine
     if config.engine.name == "deepspeed":
         from trainer.zero import ZeroEngine
 
         engine = ZeroEngine(model, config, world)
     else:
         engine = TorchEngine({name: p.detach().clone() for name, p in model.named_parameters()}, config, world)
+    apply, train_apply = (models.function(skeleton, training) for training in (False, True))
+    forward_tasks, chunk = getattr(skeleton, "forward_tasks", None), task.chunk
+    inputs = task.ways * (task.shots + task.queries) * math.prod(source.input_shape)
+    if config.model.randomness != "error":
+        forward_tasks = None  # only vmap can tell tasks' draws apart
+    elif forward_tasks is None and world.device.type == "cpu" and inputs > VMAP_INPUTS:
+        forward_tasks, chunk = one_task(train_apply), 1
+    draw_seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
     theta = dict(model.named_parameters())
-    problem = Problem(config, world, source, apply, world.shard(task.batch), dtype, getattr(skeleton, "forward_tasks", None),
-                      inner.chosen(theta, config.inner.adapts))
+    problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, chunk,
+                      inner.chosen(theta, config.inner.adapts), draw_seed)
     sizes = inner.alpha_sizes(problem.inner(0), theta)
     return problem, State(engine, rates.initial(config.rates, world.device, sizes), 0)
 

@@ -35,6 +35,7 @@ Query = Callable[[Params], tuple[Params, Tensor, Tensor]]  # phi -> grad L_te, L
 
 RECOMPUTE_ABOVE = 8  # inner steps
 FAN_OUT = 4  # segments into which a sweep that recomputes divides the inner loop, again and again
+VMAP_INPUTS = 2**14  # numbers that the inputs of one task hold: above, vmap is slower on a CPU than one task after the other
 CHUNK_INPUTS = 2**19  # numbers that the inputs of a chunk of tasks hold, by default, on a CPU: more no longer gains time
 
 
@@ -272,6 +273,15 @@ def tasks_meta_gradient(forward_tasks: Apply, loss: Loss, theta: Params, alpha: 
         return _sweep(support, query, 1, theta, alpha, loop)
 
 
+def one_task(apply: Apply) -> Apply:
+    """`forward_tasks` of a single task, of any model: plain autograd without vmap, for chunks of one task."""
+
+    def forward_tasks(params: Params, x: Tensor) -> Tensor:
+        return apply({name: p[0] for name, p in params.items()}, x[0])[None]
+
+    return forward_tasks
+
+
 def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, loop: InnerLoop, chunk: int = 0,
                   forward_tasks: Apply | None = None) -> MetaGradient:
     """The sums over a shard of T tasks, `chunk` of them at a time, which bounds the memory (0: all at once on a GPU, on a CPU
@@ -280,9 +290,12 @@ def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks:
 
     Without `forward_tasks` each task is differentiated inside vmap: differentiating through vmap gives wrong second
     derivatives with normalisation layers on current torch. `alpha` is of theta's dtype and of shape `alpha_sizes(loop, theta)`.
+    Where `loop.randomness` allows `apply` to draw from torch's generator, `loop.recompute` must be False: computing anew would
+    draw anew.
     """
     if forward_tasks is None:
-        each = vmap(lambda *task: task_meta_gradient(apply, loss, theta, alpha, TaskBatch(*task), loop), randomness="error")
+        each = vmap(lambda *task: task_meta_gradient(apply, loss, theta, alpha, TaskBatch(*task), loop),
+                    randomness=loop.randomness)
     else:
         def each(*part: Tensor) -> MetaGradient:
             return tasks_meta_gradient(forward_tasks, loss, theta, alpha, TaskBatch(*part), loop)
@@ -292,6 +305,8 @@ def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks:
         chunk = max(1, CHUNK_INPUTS // inputs) if tasks.support_x.device.type == "cpu" else size
     total = None
     for start in range(0, size, chunk):
+        if loop.randomness != "error":
+            torch.manual_seed(loop.seed + start if loop.randomness == "different" else loop.seed)
         part = each(*(x[start : start + chunk] for x in tasks))
         part = MetaGradient({name: g.sum(0) for name, g in part.gradient.items()}, *(x.sum(0) for x in part[1:]))
         total = part if total is None else _add(total, part)

@@ -74,7 +74,7 @@ def train(configs: list[Config], world: World, stop_requested: Callable[[], bool
     DIVERGED, or KILLED where a stop was requested; such a run starts again from its beginning. Raises InputError."""
     for group in together(configs):
         problem, state = loop.set_up(configs[group[0]], world)
-        problem = replace(problem, forward_tasks=None)  # autograd over tasks cannot be mapped again
+        problem = replace(problem, forward_tasks=None, chunk=problem.config.task.chunk)  # autograd cannot be mapped again
         size = at_once(_largest(problem), _copied(state), len(group))
         for start in range(0, len(group), size):
             chunk = group[start : start + size]
@@ -114,7 +114,7 @@ def _train(problem: loop.Problem, state: loop.State, configs: list[Config], stop
         engine.config = config
         return loop.restored(engine, tensors, iteration)
 
-    step, pending, shown = vmap(run, in_dims=(0, 0, None)), [], time.monotonic()
+    step, pending, shown = vmap(run, in_dims=(0, 0, None), randomness="same"), [], time.monotonic()
     with ExitStack() as locks:
         runs = [_Run(locks, config, problem, begun) for config in configs]
         for done in range(1, iterations + 1):

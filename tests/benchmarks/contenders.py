@@ -24,7 +24,7 @@ import models
 from data.tasks import TaskBatch, classification_loss
 from launch.runtime import keep_memory
 from trainer.inner import InnerLoop
-from trainer.maml import meta_gradient
+from trainer.maml import VMAP_INPUTS, meta_gradient, one_task
 
 ALPHA = 0.1
 Gradient = dict[str, np.ndarray]
@@ -109,14 +109,17 @@ def ours(problem: Problem) -> Callable[[], Gradient]:
 
 
 def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
-    """trainer.maml as it runs models that know nothing of tasks: torch.func inside vmap."""
+    """trainer.maml as it runs models that know nothing of tasks: small ones by torch.func inside vmap, others in turn."""
     alpha = torch.tensor(ALPHA, dtype=problem.tasks.support_x.dtype)
 
     def apply(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return functional_call(problem.model, params, (x,))
 
-    return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, problem.tasks,
-                                                InnerLoop(problem.steps)).gradient)
+    tasks = problem.tasks
+    in_turn = (tasks.support_x[0].numel() + tasks.query_x[0].numel()) > VMAP_INPUTS  # as trainer.loop decides it
+    how = {"chunk": 1, "forward_tasks": one_task(apply)} if in_turn else {}
+    return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, tasks,
+                                                InnerLoop(problem.steps), **how).gradient)
 
 
 def loop(problem: Problem) -> Callable[[], Gradient]:

@@ -1,0 +1,42 @@
+"""A module as a function of its parameters, in forms that have second derivatives inside vmap."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model without its parameters' values (they are on the device meta, tied ones stay tied); buffers are
+    copied."""
+    hollow = {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()}
+    return copy.deepcopy(model, hollow)
+
+
+def function(model: nn.Module, training: bool) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    """(parameters by name, x [n, *input_shape]) -> outputs [n, outputs], of the model in training or in evaluation mode."""
+    model = skeleton(model).train(training)
+
+    def apply(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        with differentiable_attention():
+            return functional_call(model, params, (x,))
+
+    return apply
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Attention as plain products and softmax: torch's fused kernels have no second derivative, and none of them, nor the fast
+    path of nn.MultiheadAttention and nn.TransformerEncoderLayer in evaluation, knows vmap."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
