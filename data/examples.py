@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL.Image import Image
 
+from data import images
 from data.errors import InputError
+from data.images import SUFFIXES
 
-PIXELS = 2**26  # of an image at most: more is not a photograph but a way to fill the memory
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-Prepare = Callable[["Image"], np.ndarray]  # noqa: F821  an image of PIL's -> the model's input
+Prepare = Callable[[Image], np.ndarray]  # an image of PIL's -> the model's input
 
 
 class Examples(NamedTuple):
@@ -50,16 +51,10 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _image(file: Path, option: str, prepare: Prepare) -> np.ndarray:
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
-            if image.width * image.height > PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, at most {PIXELS} are read")
-            return prepare(image)
-    except Exception as error:  # Pillow raises a dozen kinds for a file that is no image
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{option}: {file} cannot be read as an image ({reason}); replace or remove it") from None
+        return images.read(file, prepare)
+    except ValueError as error:
+        raise InputError(f"{option}: {file} cannot be read as an image ({error}); replace or remove it") from None
 
 
 def _arrays(path: Path, option: str) -> Examples:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from data.tasks import TaskBatch, classification_loss, draw, draw_subset
+from data.tasks import TaskBatch, TaskSizes, classification_batch, draw, draw_subset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,27 +128,26 @@ class Omniglot:
     """
 
     input_shape = (1, SIZE, SIZE)
-    loss = staticmethod(classification_loss)
 
-    def __init__(self, root: str | None, cache: Path, ways: int, shots: int, queries: int, seed: int,
-                 dtype: torch.dtype, device: torch.device):
+    def __init__(self, root: str | None, cache: Path, sizes: TaskSizes, seed: int, dtype: torch.dtype, device: torch.device):
         smallest = min(stop - start for start, stop in SPLIT_BOUNDS.values())
-        if ways > smallest:
-            raise InputError(f"task.ways: {ways} is more than the {smallest} classes of the validation split; lower it")
-        if shots + queries > DRAWINGS:
-            raise InputError(f"task.shots + task.queries: {shots} + {queries} is more than the {DRAWINGS} drawings of a "
-                             "character; lower one of them")
-        self.outputs, self.shots, self.queries, self.seed, self.dtype = ways, shots, queries, seed, dtype
+        if sizes.ways > smallest:
+            raise InputError(f"task.ways: {sizes.ways} is more than the {smallest} characters of Omniglot's smallest split; "
+                             "lower it")
+        if sizes.shots + sizes.queries > DRAWINGS:
+            raise InputError(f"task.shots + task.queries: {sizes.shots} + {sizes.queries} is more than the {DRAWINGS} drawings "
+                             "of a character; lower one of them")
+        self.outputs, self.loss, self.sizes, self.seed, self.dtype = (
+            sizes.ways, sizes.classification_loss(), sizes, seed, dtype)
         images, self.digest = load_images(root, cache)
         self.images = torch.from_numpy(images).to(device)
         turns = [np.rot90(np.arange(SIZE * SIZE).reshape(SIZE, SIZE), k).ravel() for k in range(4)]
         self.turns = torch.from_numpy(np.stack(turns)).to(device)  # pixel positions of each rotation [4, 784]
-        labels = torch.arange(ways, device=device)
-        self.support_y, self.query_y = labels.repeat_interleave(shots), labels.repeat_interleave(queries)
 
     def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
         start, stop = SPLIT_BOUNDS[split]
-        tasks, ways, examples = len(indices), self.outputs, self.shots + self.queries
+        ways, shots = self.sizes.at(self.seed, split, iteration)
+        tasks, examples = len(indices), shots + self.sizes.queries
 
         def uniforms(stream: int, count: int) -> Tensor:
             return draw(self.seed, split, iteration, indices, stream, count)
@@ -158,11 +157,7 @@ class Omniglot:
         turns = self.turns[(uniforms(2, ways) * 4).long()]  # [T, N, 784]
         pixels = self.images[classes[..., None], drawings].flatten(-2)  # [T, N, S+Q, 784]
         pixels = pixels.gather(-1, turns[:, :, None].expand_as(pixels)).to(self.dtype) / 255
-        support, query = pixels.split([self.shots, self.queries], dim=2)
-        return TaskBatch(
-            support.reshape(tasks, -1, *self.input_shape), self.support_y.expand(tasks, -1),
-            query.reshape(tasks, -1, *self.input_shape), self.query_y.expand(tasks, -1),
-        )
+        return classification_batch(pixels.unflatten(-1, self.input_shape), shots)
 
     def identity(self) -> dict[str, str]:
         return {"name": "omniglot", "digest": self.digest[:36]}

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from data.tasks import TaskBatch, draw, regression_loss
+from data.tasks import TaskBatch, TaskSizes, draw, regression_loss
 
 
 class Sinusoid:
@@ -19,16 +19,17 @@ class Sinusoid:
     outputs = 1
     loss = staticmethod(regression_loss)
 
-    def __init__(self, shots: int, queries: int, seed: int, dtype: torch.dtype):
-        self.shots, self.queries, self.seed, self.dtype = shots, queries, seed, dtype
+    def __init__(self, sizes: TaskSizes, seed: int, dtype: torch.dtype):
+        self.sizes, self.seed, self.dtype = sizes, seed, dtype
 
     def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
-        uniforms = draw(self.seed, split, iteration, indices, 0, 2 + self.shots + self.queries)
+        _, shots = self.sizes.at(self.seed, split, iteration)
+        uniforms = draw(self.seed, split, iteration, indices, 0, 2 + shots + self.sizes.queries)
         amplitude = 0.1 + 4.9 * uniforms[:, 0, None, None]
         phase = math.pi * uniforms[:, 1, None, None]
         x = 10.0 * uniforms[:, 2:, None] - 5.0
         x, y = x.to(self.dtype), (amplitude * torch.sin(x - phase)).to(self.dtype)
-        return TaskBatch(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
+        return TaskBatch(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
 
     def identity(self) -> dict[str, str]:
         return {"name": "sinusoid", "digest": "analytic"}

@@ -10,14 +10,17 @@ Shapes used throughout the project:
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.errors import InputError
+
 SPLITS = ("train", "val", "test")
+SIZES_STREAM = 3  # of `draw`; 0 to 2 are classes, examples, rotations
 
 # (outputs, targets) of one task -> (mean loss over its examples, accuracy or nan): both scalars. With an axis of tasks in front
 # of outputs and targets, the same of each task.
@@ -33,11 +36,42 @@ class TaskBatch(NamedTuple):
     query_y: Tensor
 
 
+class TaskSizes(NamedTuple):
+    """How many classes a task has and how many examples of each. With a minimum, every training iteration has its own number,
+    between the minimum and the full one: all tasks of an iteration have the same, so that nothing is padded (padding would
+    enter batch norm's statistics). Validation and test tasks are full."""
+
+    ways: int
+    shots: int
+    queries: int
+    min_ways: int | None = None  # None: always `ways`
+    min_shots: int | None = None
+
+    def at(self, seed: int, split: str, iteration: int) -> tuple[int, int]:
+        """Ways and shots of an iteration, each uniform in its range; a function of (seed, split, iteration)."""
+        most = (self.ways, self.shots)
+        least = (self.min_ways or self.ways, self.min_shots or self.shots)
+        if split != "train" or least == most:
+            return most
+        uniforms = draw(seed, split, iteration, torch.zeros(1, dtype=torch.int64), SIZES_STREAM, 2)[0].tolist()
+        ways, shots = (low + int(u * (high - low + 1)) for u, low, high in zip(uniforms, least, most))
+        return ways, shots
+
+    def largest(self) -> TaskSizes:
+        """The same without minima."""
+        return TaskSizes(self.ways, self.shots, self.queries)
+
+    def classification_loss(self) -> Loss:
+        """The loss of tasks of these ways: a model has `ways` outputs, of which a smaller task uses the first."""
+        return classification_loss if self.min_ways in (None, self.ways) else present_classes_loss
+
+
 class TaskSource(Protocol):
     """A distribution of tasks."""
 
     input_shape: tuple[int, ...]
     outputs: int
+    sizes: TaskSizes
     loss: Loss
 
     def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
@@ -51,6 +85,13 @@ def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     """Cross-entropy and accuracy of logits [..., n, N] against labels [..., n]."""
     accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
     return -F.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0].mean(-1), accuracy
+
+
+def present_classes_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`classification_loss` among a task's own classes, which are those up to its highest label; the logits [..., n, N] of the
+    others take no part."""
+    absent = torch.arange(logits.shape[-1], device=logits.device) > labels.amax(-1)[..., None, None]
+    return classification_loss(logits.masked_fill(absent, torch.finfo(logits.dtype).min), labels)
 
 
 def regression_loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,3 +135,56 @@ def draw(seed: int, split: str, iteration: int, indices: Tensor, stream: int, co
 def draw_subset(uniforms: Tensor, size: int) -> Tensor:
     """`size` distinct positions along the last axis of `uniforms` [..., n], in random order: int64 [..., size]."""
     return uniforms.topk(size, dim=-1).indices
+
+
+def draw_distinct(uniforms: Tensor, counts: Tensor) -> Tensor:
+    """Distinct places out of `counts` [...], in random order, one for each of uniforms [..., k]: int64 [..., k].
+
+    The work depends on k alone, however large the counts (`draw_subset` needs a number for every place): the j-th draw picks
+    among the places not taken yet, and is moved up by one for each taken place that lies at or below it.
+    """
+    chosen = torch.empty((*uniforms.shape[:-1], 0), dtype=torch.int64, device=uniforms.device)
+    for j in range(uniforms.shape[-1]):
+        place = (uniforms[..., j] * (counts - j)).long()[..., None]  # among those not taken
+        free_below = chosen.sort(-1).values - torch.arange(j, device=chosen.device)
+        chosen = torch.cat([chosen, place + (free_below <= place).sum(-1, keepdim=True)], -1)
+    return chosen
+
+
+def draw_examples(seed: int, split: str, iteration: int, indices: Tensor, counts: Tensor, ways: int,
+                  examples: int) -> tuple[Tensor, Tensor]:
+    """For each task at `indices` [T] `ways` classes out of those whose numbers of examples are `counts` [C], and of each so
+    many examples: classes [T, N] and places [T, N, examples], int64, on the device of `indices`."""
+    tasks = len(indices)
+    classes = draw_distinct(draw(seed, split, iteration, indices, 0, ways),
+                            torch.full((tasks,), len(counts), device=indices.device))
+    uniforms = draw(seed, split, iteration, indices, 1, ways * examples).view(tasks, ways, examples)
+    return classes, draw_distinct(uniforms, counts[classes])
+
+
+def support_and_query(x: Tensor, shots: int) -> tuple[Tensor, Tensor]:
+    """x [T, N, S+Q, ...] as [T, N*S, ...] and [T, N*Q, ...]."""
+    return x[:, :, :shots].flatten(1, 2), x[:, :, shots:].flatten(1, 2)
+
+
+def classification_batch(x: Tensor, shots: int) -> TaskBatch:
+    """Tasks of x [T, N, S+Q, *input], class n labelled n."""
+    labels = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    support, query = support_and_query(x, shots)
+    return TaskBatch(support, labels.repeat_interleave(shots, 1), query,
+                     labels.repeat_interleave(x.shape[2] - shots, 1))
+
+
+def usable_classes(names: Sequence[object], counts: list[int], split: str, sizes: TaskSizes, where: str,
+                   warn: Callable[[str], None]) -> list[int]:
+    """The positions of the classes with enough examples for a task; the others are named. Raises InputError where too few
+    are left."""
+    need = sizes.shots + sizes.queries
+    kept = [i for i, count in enumerate(counts) if count >= need]
+    for name, count in zip(names, counts):
+        if count < need:
+            warn(f"{where}: class {name!r} of split {split} has {count} examples, a task needs {need}; it is left out")
+    if len(kept) < sizes.ways:
+        raise InputError(f"task.ways: {sizes.ways} is more than the {len(kept)} classes of split {split} that have the "
+                         f"{need} examples of task.shots + task.queries ({where}); lower one of them, or give more data")
+    return kept

@@ -102,7 +102,7 @@ def adapt(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     from data import examples
 
     config = configuration.of_run(known.run_dir, {})
-    prepare = data.described(config.data.name, config.task.ways).prepare
+    prepare = data.described(config.data, config.task.ways).prepare
     support, query = (examples.read(path, f"--{name}", prepare)
                       for name, path in (("support", known.support), ("query", known.query)))
     if support.y is None:

@@ -50,6 +50,8 @@ class Conv4(nn.Module):
     def __init__(self, input_shape: tuple[int, ...], outputs: int, channels: int = 64, pooled: bool = False,
                  norm: str = "batch"):
         super().__init__()
+        if len(input_shape) != 3:
+            raise ValueError("it takes images, of the shape [C, H, W]")
         colours, *size = input_shape
         sizes = [colours] + [channels] * 4
         self.blocks = nn.Sequential(*[Block(i, o, pooled, norm) for i, o in zip(sizes, sizes[1:])])

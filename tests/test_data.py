@@ -16,7 +16,7 @@ import data.omniglot
 from data.errors import InputError
 from data.omniglot import ARCHIVES, SPLIT_BOUNDS, Omniglot, load_images
 from data.sinusoid import Sinusoid
-from data.tasks import classification_loss, draw, draw_subset, regression_loss
+from data.tasks import TaskSizes, classification_loss, draw, draw_distinct, draw_subset, present_classes_loss, regression_loss
 
 CPU = torch.device("cpu")
 
@@ -54,13 +54,36 @@ def test_subsets_are_distinct_and_every_position_is_as_likely():
     assert float((counts - 400).abs().max()) < 5 * math.sqrt(400)
 
 
+def test_distinct_places_are_distinct_uniform_and_independent_in_their_order():
+    """All 5 x 4 x 3 orders of three out of five are as likely; counts may differ from row to row."""
+    chosen = draw_distinct(draw(1, "train", 0, torch.arange(60_000), 0, 3), torch.full((60_000,), 5))
+    counts = torch.bincount(chosen @ torch.tensor([25, 5, 1]), minlength=125)
+    possible = torch.tensor([len({i // 25, i // 5 % 5, i % 5}) == 3 for i in range(125)])
+    assert counts[~possible].sum() == 0 and float((counts[possible] - 1000).abs().max()) < 5 * math.sqrt(1000)
+    sizes = torch.tensor([[4, 10**12], [7, 4]])
+    chosen = draw_distinct(draw(1, "val", 0, torch.arange(2), 0, 8).view(2, 2, 4), sizes)
+    assert chosen[0, 0].sort().values.tolist() == chosen[1, 1].sort().values.tolist() == [0, 1, 2, 3]
+    assert int(chosen.min()) >= 0 and bool((chosen < sizes[..., None]).all()) and int(chosen[0, 1].max()) > 10**10
+
+
+def test_ways_and_shots_of_an_iteration_are_uniform_in_their_ranges():
+    sizes = TaskSizes(5, 4, 3, 2, 3)
+    drawn = [sizes.at(0, "train", i) for i in range(4000)]
+    assert set(drawn) == {(n, s) for n in (2, 3, 4, 5) for s in (3, 4)}
+    counts = [drawn.count(pair) for pair in set(drawn)]
+    assert max(abs(count - 500) for count in counts) < 5 * math.sqrt(500)
+    assert sizes.at(0, "train", 7) == drawn[7] and {sizes.at(0, "val", i) for i in range(99)} == {(5, 4)}
+    assert {sizes.largest().at(0, "train", i) for i in range(99)} == {(5, 4)}
+
+
 def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def test_a_task_depends_on_its_index_alone(omniglot_root: str, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp().parent / "cache"
-    for source in (Sinusoid(5, 5, 0, torch.float64), Omniglot(omniglot_root, cache, 5, 2, 3, 0, torch.float32, CPU)):
+    for source in (Sinusoid(TaskSizes(1, 5, 5), 0, torch.float64),
+                   Omniglot(omniglot_root, cache, TaskSizes(5, 2, 3), 0, torch.float32, CPU)):
         whole = source.batch("train", 9, torch.arange(7))
         parts = [source.batch("train", 9, i) for i in torch.arange(7).tensor_split(3)]
         assert same(whole, [torch.cat(x) for x in zip(*parts)])
@@ -69,7 +92,7 @@ def test_a_task_depends_on_its_index_alone(omniglot_root: str, tmp_path_factory)
 
 
 def test_sinusoids_are_those_of_maml():
-    x_s, y_s, x_q, y_q = Sinusoid(10, 15, 0, torch.float64).batch("train", 0, torch.arange(500))
+    x_s, y_s, x_q, y_q = Sinusoid(TaskSizes(1, 10, 15), 0, torch.float64).batch("train", 0, torch.arange(500))
     assert x_s.shape == y_s.shape == (500, 10, 1) and x_q.shape == y_q.shape == (500, 15, 1)
     assert x_s.min() >= -5 and x_s.max() <= 5 and 4.9 < y_s.abs().max() <= 5
     for task in range(3):  # support and query lie on one A sin(x - phase)
@@ -82,7 +105,7 @@ def test_sinusoids_are_those_of_maml():
 @pytest.fixture(scope="module")
 def omniglot(omniglot_root: str, tmp_path_factory) -> Omniglot:
     cache = tmp_path_factory.getbasetemp().parent / "cache"
-    return Omniglot(omniglot_root, cache, 20, 3, 2, 0, torch.float32, CPU)
+    return Omniglot(omniglot_root, cache, TaskSizes(20, 3, 2), 0, torch.float32, CPU)
 
 
 def test_omniglot_has_its_shapes_and_mamls_splits(omniglot: Omniglot):
@@ -171,7 +194,47 @@ def test_wrong_archives_are_one_line(damage: str, omniglot_root: str, tmp_path: 
 @pytest.mark.parametrize(("sizes", "words"), (((101, 1, 1), "task.ways: 101"), ((5, 11, 10), "task.shots .* 11 \\+ 10")))
 def test_tasks_that_cannot_be_formed_are_one_line(sizes: tuple, words: str, tmp_path: Path):
     with pytest.raises(InputError, match=words):
-        Omniglot(None, tmp_path, *sizes, 0, torch.float32, CPU)
+        Omniglot(None, tmp_path, TaskSizes(*sizes), 0, torch.float32, CPU)
+
+
+def test_mixed_tasks_are_the_same_in_any_shard_and_full_in_validation(omniglot_root: str, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp().parent / "cache"
+    mixed = Omniglot(omniglot_root, cache, TaskSizes(5, 3, 2, 2, 1), 0, torch.float32, CPU)
+    waves = Sinusoid(TaskSizes(1, 9, 5, None, 2), 0, torch.float64)
+    for iteration in range(6):
+        ways, shots = mixed.sizes.at(0, "train", iteration)
+        whole = mixed.batch("train", iteration, torch.arange(7))
+        assert whole.support_x.shape == (7, ways * shots, 1, 28, 28) and whole.query_x.shape == (7, ways * 2, 1, 28, 28)
+        assert whole.support_y.unique().tolist() == list(range(ways)) == whole.query_y.unique().tolist()
+        parts = [mixed.batch("train", iteration, i) for i in torch.arange(7).tensor_split(3)]
+        assert same(whole, [torch.cat(x) for x in zip(*parts)])
+        _, shots = waves.sizes.at(0, "train", iteration)
+        assert waves.batch("train", iteration, torch.arange(2)).support_x.shape == (2, shots, 1)
+    assert mixed.batch("val", 3, torch.arange(2)).support_x.shape == (2, 15, 1, 28, 28)
+    assert waves.batch("val", 3, torch.arange(2)).support_x.shape == (2, 9, 1)
+
+
+def test_absent_classes_take_no_part_in_the_loss():
+    """Against the loss of the first logits alone; with its first and second derivatives, inside vmap."""
+    logits = torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 9
+    labels = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 1, 2, 2], [2, 2, 1, 1, 0, 0], [0, 1, 2, 2, 2, 2]])
+
+    def derivatives(loss, width: int):
+        def one(x, y):
+            return loss(x[:, :width], y)[0]
+
+        def along(x, y):
+            return (torch.func.grad(one)(x, y) * x.sin()).sum()
+
+        return [torch.func.vmap(f)(logits, labels) for f in (one, torch.func.grad(one), torch.func.grad(along))]
+
+    for found, expected in zip(derivatives(present_classes_loss, 5), derivatives(classification_loss, 3)):
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
+    tempting = torch.tensor([[0.0, 1.0, 9.0], [1.0, 0.0, 9.0]])
+    assert float(present_classes_loss(tempting, torch.tensor([1, 0]))[1]) == 1, "an absent class is never the answer"
+    assert same(present_classes_loss(tempting, torch.tensor([1, 2])), classification_loss(tempting, torch.tensor([1, 2])))
+    full, none = TaskSizes(3, 1, 1), TaskSizes(3, 1, 1, 3)
+    assert full.classification_loss() is none.classification_loss() is classification_loss
 
 
 def test_losses():

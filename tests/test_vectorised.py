@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import newest_state
+from pictures import class_folders
 
 from trainer import loop, spool, sweep, vectorised
 from trainer.collective import World
@@ -94,6 +95,15 @@ def test_a_run_that_diverges_ends_where_it_would_alone(tmp_path: Path):
     assert lengths[0] == lengths[1] < 300
     assert all(spool.read_json(cell.folder / "summary.json")["diverged"] for cell in pairs[1])
     assert all(sweep.finished(cell) for pair in pairs for cell in pair)
+
+
+def test_tasks_of_mixed_sizes_from_a_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = {"data.name": "folder", "data.root": str(class_folders(tmp_path / "root", 25, 6)), "data.size": "32",
+            "model.name": "conv4", "model.channels": "4", "task.ways": "4", "task.shots": "3", "task.queries": "2",
+            "task.min_ways": "2", "task.min_shots": "1", "iterations": "10"}
+    for alone, together in both_ways(tmp_path, base, ["rates.alpha=1e-2,1e-1"]):
+        agree(alone, together, 1e-5)
 
 
 def test_a_sweep_that_was_stopped_goes_on(tmp_path: Path):

@@ -38,8 +38,12 @@ def key(default: Any, meaning: str, rule: Rule | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Data:
-    name: Literal["sinusoid", "omniglot"] = key("sinusoid", "the distribution of tasks")
-    root: str | None = key(None, "folder of the data set's files; null downloads them once", NOT_EMPTY)
+    name: str = key("sinusoid", "sinusoid, omniglot, folder (images of yours), or your own as package.module:Class", NOT_EMPTY)
+    root: str | None = key(None, "folder of the data set's files; null downloads Omniglot's once", NOT_EMPTY)
+    size: int = key(84, "folder: side in pixels that images are resized to", AT_LEAST_ONE)
+    colour: bool = key(True, "folder: three channels, or one of grey")
+    resident: bool | None = key(None, "folder: images on the device; null is on a GPU where they fit half of what is free")
+    args: dict = key({}, "keyword arguments of your own data set's class")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class Task:
     ways: int = key(1, "classes per task (1 for regression)", AT_LEAST_ONE)
     shots: int = key(10, "support examples per class", AT_LEAST_ONE)
     queries: int = key(10, "query examples per class", AT_LEAST_ONE)
+    min_ways: int | None = key(None, "each training iteration draws its ways from here to task.ways; null is task.ways",
+                               AT_LEAST_ONE)
+    min_shots: int | None = key(None, "the same of its shots; null is task.shots", AT_LEAST_ONE)
     batch: int = key(25, "tasks per iteration, over all ranks", AT_LEAST_ONE)
     reduction: Literal["mean", "sum"] = key("mean", "over tasks; a sum's beta is 1/batch of a mean's, see README")
     chunk: int = key(0, "tasks differentiated at once on a rank, to bound memory; 0 is automatic", NOT_NEGATIVE)
@@ -323,10 +330,20 @@ def check_together(config: Config) -> None:
     if config.engine.name == "deepspeed" and config.precision != "float32":
         raise InputError(f"precision: {config.precision} is not for engine.name deepspeed, whose shards are float32; use "
                          "float32, or engine.name torch")
+    if ":" not in config.data.name and config.data.name not in ("sinusoid", "omniglot", "folder"):
+        raise InputError(f"data.name: {config.data.name!r} must be sinusoid, omniglot, folder or package.module:Class; "
+                         "change it")
+    if config.data.name == "folder" and config.data.root is None:
+        raise InputError("data.root: null, and data.name folder needs one; give the folder that holds the images")
     if config.data.name == "sinusoid" and task.ways != 1:
         raise InputError(f"task.ways: {task.ways} must be 1 for regression (data.name sinusoid); remove it")
-    if config.data.name != "sinusoid" and task.ways < 2:
-        raise InputError(f"task.ways: {task.ways} must be 2 or more for classification; set it, 5 is common")
+    for name, least, most in (("ways", task.min_ways, task.ways), ("shots", task.min_shots, task.shots)):
+        if least is not None and least > most:
+            raise InputError(f"task.min_{name}: {least} is more than task.{name} ({most}); lower it, or leave it out")
+    if config.data.name in ("omniglot", "folder"):
+        for name, ways in (("ways", task.ways), ("min_ways", task.min_ways)):
+            if ways is not None and ways < 2:
+                raise InputError(f"task.{name}: {ways} must be 2 or more for classification; set it, 5 is common")
     if ":" not in config.model.name and config.model.name not in ("mlp", *IMAGE_MODELS):
         raise InputError(f"model.name: {config.model.name!r} must be mlp, {', '.join(IMAGE_MODELS)} or package.module:Class; "
                          "change it")
@@ -344,8 +361,8 @@ def flat_values(config: Config) -> dict[str, Any]:
 
 
 # What may change between the parts of one run: where and how long it runs and is watched, not what it computes.
-_CIRCUMSTANCES = ("data.root", "task.chunk", "engine.", "evaluation.", "checkpoint.", "tracking.", "iterations", "device",
-                  "loss_threshold", "run_dir")
+_CIRCUMSTANCES = ("data.root", "data.resident", "task.chunk", "engine.", "evaluation.", "checkpoint.", "tracking.",
+                  "iterations", "device", "loss_threshold", "run_dir")
 
 
 def trajectory(config: Config) -> dict[str, Any]:
@@ -360,5 +377,6 @@ def run_dir(config: Config) -> Path:
         return Path(config.run_dir)
     digest = hashlib.sha256(json.dumps(trajectory(config), sort_keys=True).encode()).hexdigest()[:8]
     task, rates = config.task, config.rates
-    return Path("runs") / (f"{config.data.name}-{task.ways}w{task.shots}s-{rates.rule}-a{rates.alpha:g}-b{rates.beta:g}"
-                           f"-s{config.seed}-{digest}")
+    name = config.data.name.replace(":", ".")
+    return Path("runs") / (f"{name}-{task.ways}w{task.shots}s-{rates.rule}-a{rates.alpha:g}-b{rates.beta:g}-s{config.seed}"
+                           f"-{digest}")

@@ -127,11 +127,11 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
     (of a folder, by its newest whole checkpoint; theta's average where the run keeps one), its alpha, and its K. The data set
     is not needed. Raises InputError where there is no such run.
 
-    A configuration may name a model by import path, which runs that code: load only what you trust."""
+    A configuration may name a model or a data set by import path, which runs that code: load only what you trust."""
     path = Path(path)
     config, theta, alpha = _saved(path) if path.suffix == ".safetensors" else _trained(path)
     dtype = getattr(torch, config.precision)
-    kind = data.described(config.data.name, config.task.ways)
+    kind = data.described(config.data, config.task.ways)
     model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
                          config.model.args)
     if any(name not in theta for name, _ in model.named_parameters()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 import platform
 import random
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,8 +17,8 @@ from torch import Tensor
 
 import data
 import models
-from data.errors import InputError
-from data.tasks import TaskSource
+from data.errors import InputError, say
+from data.tasks import TaskSizes, TaskSource
 from trainer import checkpoint, inner, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
 from trainer.config import Config, build, run_dir, to_yaml, trajectory
@@ -100,8 +99,9 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
     if world.size > task.batch:
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
                          f"most {task.batch} processes")
-    source = data.build(config.data.name, config.data.root, Path(pooch.os_cache("alpha-maml")), task.ways, task.shots,
-                        task.queries, config.seed, dtype, world.device)
+    sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
+    source = data.build(config.data, Path(pooch.os_cache("alpha-maml")), sizes, config.seed, dtype, world.device,
+                        say if world.rank == 0 else lambda line: None)
     model = models.build(config.model.name, source.input_shape, source.outputs, config.seed, config.model.channels,
                          config.model.args).to(world.device, dtype)
     models.check(config.model.name, model, source.input_shape, source.outputs, config.model.randomness,
@@ -136,7 +136,7 @@ def resume(state: State, folder: Path, world: World) -> State:
     if world.rank == 0:
         path, complaints = checkpoint.newest(folder / "checkpoints")
         for line in complaints:
-            print(f"alpha-maml: {line}", file=sys.stderr, flush=True)
+            say(line)
         if path is not None:
             checkpoint.load(path, tensors)
             iteration = checkpoint.facts(path)["iteration"]

@@ -58,6 +58,13 @@ def at_once(problem: loop.Problem, state: loop.State, wanted: int) -> int:
     return max(1, min(wanted, int(SHARE * free / max(taken, 1))))
 
 
+def _largest(problem: loop.Problem) -> loop.Problem:
+    """The problem with every task as large as any is."""
+    source = copy.copy(problem.source)
+    source.sizes = source.sizes.largest()
+    return replace(problem, source=source)
+
+
 def _kilobytes(path: str, name: str) -> int:
     return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(name))
 
@@ -68,7 +75,7 @@ def train(configs: list[Config], world: World, stop_requested: Callable[[], bool
     for group in together(configs):
         problem, state = loop.set_up(configs[group[0]], world)
         problem = replace(problem, forward_tasks=None, chunk=problem.config.task.chunk)  # autograd cannot be mapped again
-        size = at_once(problem, _copied(state), len(group))
+        size = at_once(_largest(problem), _copied(state), len(group))
         for start in range(0, len(group), size):
             chunk = group[start : start + size]
             statuses = _train(problem, _copied(state), [configs[i] for i in chunk], stop_requested)

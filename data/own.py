@@ -1,0 +1,114 @@
+"""A data set of the user's own, by import path: any class with these three methods and `input_shape`.
+
+    class Own:
+        input_shape = (3, 84, 84)                        # of one example
+        def classes(self, split): ...                    # how many classes the split has: "train", "val" or "test"
+        def examples(self, split, c): ...                # how many examples class c of the split has
+        def read(self, split, c, places): ...            # those at `places` [n], an array [n, *input_shape] of numbers
+
+One that also has `outputs`, the numbers that an example asks for, is a regression: a class of it is a task of its own, and
+`read` returns x [n, *input_shape] and y [n, outputs]. Which classes and examples make up a task is drawn here, so that sharding
+and resuming are right whatever the class does; `read` must return the same for the same arguments.
+"""
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from data.tasks import (
+    SPLITS,
+    TaskBatch,
+    TaskSizes,
+    classification_batch,
+    draw_examples,
+    regression_loss,
+    support_and_query,
+    usable_classes,
+)
+
+
+def imported(name: str) -> Callable:
+    """The class at package.module:Class; raises InputError."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"data.name: {name!r} cannot be imported ({error}); it must be package.module:Class and on "
+                         "PYTHONPATH") from None
+
+
+def built(name: str, args: dict[str, Any]) -> Any:
+    """The user's object; raises InputError where it cannot be had or lacks a part."""
+    factory = imported(name)
+    try:
+        own = factory(**args)
+    except (TypeError, ValueError, OSError) as error:
+        raise InputError(f"data.args: {name} cannot be built from {args} ({error}); correct data.args") from None
+    for part in ("input_shape", "classes", "examples", "read"):
+        if not hasattr(own, part):
+            raise InputError(f"data.name: {name} has no {part}; give it one, see docs/data.md")
+    return own
+
+
+def shapes(name: str, args: dict[str, Any]) -> tuple[tuple[int, ...], int | None]:
+    """input_shape and, for a regression, outputs; from the class where it says them, so that its data need not be there."""
+    factory = imported(name)
+    own = factory if isinstance(getattr(factory, "input_shape", None), tuple) else built(name, args)
+    return tuple(own.input_shape), getattr(own, "outputs", None)
+
+
+class Own:
+    """Tasks of the user's data set `name`(**args). support_x [T, N*S, *input_shape] and support_y [T, N*S] int64, or
+    [T, S, outputs] for a regression, whose tasks have one way; queries likewise. Raises InputError."""
+
+    def __init__(self, name: str, args: dict[str, Any], sizes: TaskSizes, seed: int, dtype: torch.dtype, device: torch.device,
+                 warn: Callable[[str], None]):
+        self.name, self.own, self.sizes = name, built(name, args), sizes
+        self.seed, self.dtype, self.device = seed, dtype, device
+        self.input_shape, outputs = tuple(self.own.input_shape), getattr(self.own, "outputs", None)
+        self.regression = outputs is not None
+        if self.regression and sizes.ways != 1:
+            raise InputError(f"task.ways: {sizes.ways} must be 1 for regression (data.name {name} has outputs); remove it")
+        if not self.regression and (sizes.min_ways or sizes.ways) < 2:
+            raise InputError(f"task.ways: {sizes.ways} must be 2 or more for classification (data.name {name} has no outputs), "
+                             "and so must task.min_ways; set it, 5 is common")
+        self.outputs = outputs if self.regression else sizes.ways
+        self.loss = regression_loss if self.regression else sizes.classification_loss()
+        self.classes = {}  # split -> those of enough examples, and how many they have
+        for split in SPLITS:
+            counts = [int(self.own.examples(split, c)) for c in range(int(self.own.classes(split)))]
+            kept = usable_classes(range(len(counts)), counts, split, sizes, f"data.name: {name}", warn)
+            self.classes[split] = torch.tensor(kept), torch.tensor([counts[i] for i in kept])
+        self.digest = hashlib.sha256(repr((name, args, [c.tolist() for c, _ in self.classes.values()])).encode()).hexdigest()
+
+    def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+        ways, shots = self.sizes.at(self.seed, split, iteration)
+        kept, counts = self.classes[split]
+        classes, places = draw_examples(self.seed, split, iteration, indices.cpu(), counts, ways, shots + self.sizes.queries)
+        read = [self._read(split, int(c), p.numpy()) for c, p in zip(kept[classes].flatten(), places.flatten(0, 1))]
+        x, *y = (torch.from_numpy(np.stack(part)).unflatten(0, (-1, ways)).to(self.device, self.dtype) for part in zip(*read))
+        if not self.regression:
+            return classification_batch(x, shots)
+        (support_x, query_x), (support_y, query_y) = support_and_query(x, shots), support_and_query(y[0], shots)
+        return TaskBatch(support_x, support_y, query_x, query_y)
+
+    def _read(self, split: str, c: int, places: np.ndarray) -> tuple[np.ndarray, ...]:
+        """x, or x and y; raises InputError where they are not what was promised."""
+        found = self.own.read(split, c, places)
+        found = tuple(np.asarray(part) for part in (found if self.regression and isinstance(found, tuple) else (found,)))
+        wanted = [(len(places), *self.input_shape), (len(places), self.outputs)][:1 + self.regression]
+        if [part.shape for part in found] != wanted or any(part.dtype.kind not in "fiub" for part in found):
+            raise InputError(f"data.name: {self.name}.read({split!r}, {c}, places) returned "
+                             f"{' and '.join(f'{part.dtype} {part.shape}' for part in found)}, it must return numbers of shape "
+                             f"{' and '.join(map(str, wanted))}; correct it")
+        return found
+
+    def identity(self) -> dict[str, str]:
+        return {"name": self.name, "digest": self.digest[:36]}
