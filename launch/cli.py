@@ -12,6 +12,7 @@ from typing import NoReturn
 from data.errors import InputError
 from launch import slurm, use
 from trainer import config as configuration
+from trainer import keys
 
 VERBS = {
     "train": "train theta, alpha and beta; the same command again resumes",
@@ -61,9 +62,9 @@ def parser() -> Parser:
             sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
         if verb in ("sync", "adapt", "export"):
             continue
-        for name, (item, kind) in configuration.keys().items():
-            value = configuration.default(item)
-            text = f"{configuration.spelled(kind)}; default {'null' if value is None else value}"
+        for name, (item, kind) in keys.keys().items():
+            value = keys.default(item)
+            text = f"{keys.spelled(kind)}; default {'null' if value is None else value}"
             sub.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE",
                              help=f"{item.metadata['meaning']} ({text})".replace("%", "%%"))
     return root
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         words = sys.argv[1:] if arguments is None else arguments
         known, unknown = parser().parse_known_args(words)
-        overrides = {name: value for name, value in vars(known).items() if name in configuration.keys()}
+        overrides = {name: value for name, value in vars(known).items() if name in keys.keys()}
         if unknown:  # names the nearest key
             name, _, value = unknown[0].removeprefix("--").partition("=")
             configuration.checked(name, value, f"{unknown[0]} on the command line")

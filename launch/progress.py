@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from trainer import spool
-from trainer.config import Config
+from trainer.keys import Config
 
 LINE_SECONDS = 10.0  # between plain lines
 

@@ -17,7 +17,7 @@ import yaml
 
 from data.errors import InputError
 from trainer import config as configuration
-from trainer.config import Config
+from trainer.keys import Config
 
 HERE = Path(__file__).resolve().parent
 ANSWER = 60.0  # seconds that SLURM has to take the job

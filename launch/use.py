@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from data.errors import InputError
 from trainer import config as configuration
-from trainer.config import Config
+from trainer.keys import Config
 
 Result = TypeVar("Result")
 # What an evaluation may do in another way than the training did, of the keys that decide theta.

@@ -9,7 +9,8 @@ import yaml
 from processes import ROOT
 
 from data.errors import InputError
-from trainer.config import Config, build, keys, run_dir, to_yaml, trajectory
+from trainer.config import build, run_dir, to_yaml, trajectory
+from trainer.keys import Config, keys
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)

@@ -9,8 +9,8 @@ from conftest import Small
 
 from data.errors import InputError
 from trainer import inner
-from trainer.config import Config
 from trainer.inner import InnerLoop
+from trainer.keys import Config
 from trainer.maml import adaptation, dot, meta_gradient
 
 WAYS = ("one by one in vmap", "all at once")

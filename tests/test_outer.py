@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer import outer
-from trainer.config import Config, Outer, Rates
+from trainer.keys import Config, Outer, Rates
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 

@@ -10,8 +10,8 @@ import torch
 from data.tasks import TaskBatch
 from trainer import rates
 from trainer.collective import World
-from trainer.config import Config, Outer, Rates, Task
 from trainer.engine import TorchEngine
+from trainer.keys import Config, Outer, Rates, Task
 from trainer.loop import Problem, State, train_step
 
 CURVATURES = torch.tensor([[1.0, 0.5], [2.0, 0.25], [0.3, 1.5]], dtype=torch.float64)

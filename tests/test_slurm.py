@@ -14,7 +14,7 @@ from processes import run, succeed
 from slurm_cluster import Cluster, absent, until
 
 from launch import cli, slurm
-from trainer import checkpoint, spool
+from trainer import checkpoint, keys, spool
 from trainer import config as configuration
 
 ITERATIONS = 100
@@ -213,7 +213,7 @@ def test_the_script_holds_the_whole_configuration():
         "model.args": "{width: 6, name: 'a b: ''c'''}", "rates.alpha": "0.1", "task.batch": "7", "outer.trust": "0",
         "tracking.experiment": "it's $HOME", "data.root": "/a b"})
     known, _ = cli.parser().parse_known_args(["train", *slurm._arguments(config)])
-    overrides = {name: value for name, value in vars(known).items() if name in configuration.keys()}
+    overrides = {name: value for name, value in vars(known).items() if name in keys.keys()}
     assert configuration.build(None, overrides) == config
 
 

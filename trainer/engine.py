@@ -9,8 +9,8 @@ from torch import Tensor
 
 from trainer import outer
 from trainer.collective import World, sum_in_place
-from trainer.config import Config
 from trainer.inner import Params
+from trainer.keys import Config
 from trainer.maml import MetaGradient, dot
 from trainer.rates import Total
 

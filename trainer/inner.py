@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from trainer.config import Config
+from trainer.keys import Config
 
 Params = dict[str, Tensor]
 

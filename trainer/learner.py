@@ -16,8 +16,8 @@ from data.errors import InputError
 from data.tasks import Loss
 from trainer import checkpoint, inner
 from trainer import config as configuration
-from trainer.config import Config
 from trainer.inner import Params
+from trainer.keys import Config
 from trainer.maml import adapt
 
 

@@ -21,10 +21,11 @@ from data.errors import InputError, say
 from data.tasks import TaskSizes, TaskSource
 from trainer import checkpoint, inner, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
-from trainer.config import Config, build, run_dir, to_yaml, trajectory
+from trainer.config import build, run_dir, to_yaml, trajectory
 from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
 from trainer.inner import InnerLoop
+from trainer.keys import Config
 from trainer.maml import VMAP_INPUTS, Apply, meta_gradient, one_task
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
@@ -124,8 +125,8 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
     theta = dict(model.named_parameters())
     problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, chunk,
                       inner.chosen(theta, config.inner.adapts), draw_seed)
-    sizes = inner.alpha_sizes(problem.inner(0), theta)
-    return problem, State(engine, rates.initial(config.rates, world.device, sizes), 0)
+    alpha = inner.alpha_sizes(problem.inner(0), theta)
+    return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)
 
 
 def resume(state: State, folder: Path, world: World) -> State:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.config import Config
 from trainer.inner import Params
+from trainer.keys import Config
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 NORM_FLOOR = 0.1  # a tensor that starts at zero may still move

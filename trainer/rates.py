@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer import config
+from trainer import keys
 from trainer.maml import MetaGradient
 
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
@@ -57,7 +57,7 @@ class Signals(NamedTuple):
     norms: Tensor  # |S_t| |direction applied last|
 
 
-def initial(settings: config.Rates, device: torch.device, sizes: tuple[int, ...] = ()) -> Rates:
+def initial(settings: keys.Rates, device: torch.device, sizes: tuple[int, ...] = ()) -> Rates:
     """All of alpha, of shape `sizes`, starts at rates.alpha."""
     def filled(value: float, sizes: tuple[int, ...] = ()) -> Tensor:
         return torch.full(sizes, value, dtype=torch.float64, device=device)
@@ -76,7 +76,7 @@ def signals(rule: str, total: Total, count: int) -> tuple[Signals, Tensor]:
     return Signals(total.sums.alpha_gradient / count, total.sums.alignment_norm / count, total.product, norms), usable
 
 
-def update(settings: config.Rates, rates: Rates, signals: Signals, usable: Tensor) -> Rates:
+def update(settings: keys.Rates, rates: Rates, signals: Signals, usable: Tensor) -> Rates:
     """beta for this iteration's step of theta and alpha for the next iteration's adaptation.
 
     An iteration that is not usable moves no rate; under rule adaptive it divides alpha by CUT.
@@ -95,7 +95,7 @@ def update(settings: config.Rates, rates: Rates, signals: Signals, usable: Tenso
     return Rates(*(torch.where(usable, a, b) for a, b in zip(moved, otherwise)))
 
 
-def _adaptive(settings: config.Rates, rates: Rates, signals: Signals) -> Rates:
+def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
     tiny = torch.finfo(torch.float64).tiny
     count = rates.count + 1
     alpha_signal = -signals.alpha_gradient / signals.alignment_norm.clamp(min=tiny)

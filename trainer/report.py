@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from data.errors import InputError
 from trainer import config as configuration
 from trainer import figures, spool, tracking
-from trainer.config import Config
+from trainer.keys import Config
 
 METHODS = {"fixed": "MAML", "paper": "Alpha MAML, paper's rule", "adaptive": "Alpha MAML, adaptive"}
 # What may differ from run to run without being what a figure compares.

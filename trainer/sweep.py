@@ -18,7 +18,7 @@ from data.errors import InputError
 from trainer import config as configuration
 from trainer import loop, spool, vectorised
 from trainer.collective import World
-from trainer.config import Config
+from trainer.keys import Config
 
 RESULTS = ("status", "iterations_to_threshold", "loss_last", "val_loss", "val_accuracy", "alpha_last", "beta_last", "seconds")
 TABLE = "sweep.csv"

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import comparison, spool
-from trainer.config import Config, build, flat_values
+from trainer.config import build, flat_values
+from trainer.keys import Config
 
 if TYPE_CHECKING:  # imports torch
     from trainer.learner import Learner

@@ -20,7 +20,7 @@ from torch.func import vmap
 from trainer import checkpoint, loop, spool
 from trainer import config as configuration
 from trainer.collective import World
-from trainer.config import Config
+from trainer.keys import Config
 
 NUMBERS = ("rates.alpha", "rates.beta", "rates.alpha_hyperlr", "rates.beta_hyperlr", "rates.kappa", "rates.tolerance")
 WINDOW = 50  # iterations between looks at the values: nothing waits for a GPU in between

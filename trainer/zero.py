@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from trainer import outer
 from trainer.collective import World, sum_in_place
-from trainer.config import Config
 from trainer.engine import Decide, pack_rest, unpack_rest
 from trainer.inner import Params
+from trainer.keys import Config
 from trainer.maml import MetaGradient
 from trainer.rates import Total
 

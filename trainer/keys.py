@@ -1,0 +1,171 @@
+"""Every configuration key: its type, default, rule and meaning. Imports neither torch nor anything slow, so that `--help`
+answers at once."""
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+Rule = tuple[Callable[[Any], bool], str]
+POSITIVE: Rule = (lambda v: v > 0, "must be greater than 0")
+NOT_NEGATIVE: Rule = (lambda v: v >= 0, "must be 0 or more")
+AT_LEAST_ONE: Rule = (lambda v: v >= 1, "must be 1 or more")
+NOT_EMPTY: Rule = (lambda v: v != "" and v.isprintable(), "must be printable text, not empty")
+
+
+def key(default: Any, meaning: str, rule: Rule | None = None) -> Any:
+    metadata = {"meaning": meaning, "rule": rule}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str = key("sinusoid", "sinusoid, omniglot, folder (images of yours), or your own as package.module:Class", NOT_EMPTY)
+    root: str | None = key(None, "folder of the data set's files; null downloads Omniglot's once", NOT_EMPTY)
+    size: int = key(84, "folder: side in pixels that images are resized to", AT_LEAST_ONE)
+    colour: bool = key(True, "folder: three channels, or one of grey")
+    resident: bool | None = key(None, "folder: images on the device; null is on a GPU where they fit half of what is free")
+    args: dict = key({}, "keyword arguments of your own data set's class")
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = key("mlp", "mlp, conv4, conv4_pooled, resnet12, or your own as package.module:Class", NOT_EMPTY)
+    channels: int | None = key(None, "width; null takes the model's own", AT_LEAST_ONE)
+    args: dict = key({}, "further keyword arguments of the model's class")
+    randomness: Literal["error", "different", "same"] = key(
+        "error", "random numbers, such as dropout's, that the model draws in training: error refuses them, different draws for "
+        "each task, same draws once for all tasks")
+
+
+@dataclass(frozen=True)
+class Task:
+    ways: int = key(1, "classes per task (1 for regression)", AT_LEAST_ONE)
+    shots: int = key(10, "support examples per class", AT_LEAST_ONE)
+    queries: int = key(10, "query examples per class", AT_LEAST_ONE)
+    min_ways: int | None = key(None, "each training iteration draws its ways from here to task.ways; null is task.ways",
+                               AT_LEAST_ONE)
+    min_shots: int | None = key(None, "the same of its shots; null is task.shots", AT_LEAST_ONE)
+    batch: int = key(25, "tasks per iteration, over all ranks", AT_LEAST_ONE)
+    reduction: Literal["mean", "sum"] = key("mean", "over tasks; a sum's beta is 1/batch of a mean's, see README")
+    chunk: int = key(0, "tasks differentiated at once on a rank, to bound memory; 0 is automatic", NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class Inner:
+    steps: int = key(1, "K, gradient steps on the support set", AT_LEAST_ONE)
+    order: Literal["second", "first", "reptile"] = key(
+        "second", "of the meta-gradient: second is exact, first drops the Hessian, reptile takes the displacement itself")
+    adapts: str = key("all", "what moves within a task: all, head (ANIL), body (BOIL), or patterns of tensors' names, as in "
+                      "blocks.3.*,head.*", NOT_EMPTY)
+    clip: float = key(0.0, "largest norm of a task's inner gradient; 0 is none", NOT_NEGATIVE)
+    weight_decay: float = key(0.0, "of the inner loop: weight_decay / 2 |phi|^2 beside the support loss", NOT_NEGATIVE)
+    multi_step_iterations: int = key(
+        0, "MAML++'s multi-step loss: iterations over which the losses after the earlier inner steps fade out", NOT_NEGATIVE)
+    first_order_iterations: int = key(
+        0, "MAML++'s derivative-order annealing: iterations at the start that are of first order", NOT_NEGATIVE)
+    recompute: bool | None = key(
+        None, "compute inner steps anew in the backward sweep instead of keeping their graphs: memory that hardly grows with "
+        "steps, for more time; null is above 8 steps, unless model.randomness")
+
+
+@dataclass(frozen=True)
+class Outer:
+    optimizer: Literal["sgd", "adam"] = key("sgd", "theta's step: the paper's SGD, or Adam")
+    trust: float | None = key(
+        None, "largest relative step of a tensor in the first iterations, falling as 1/sqrt(1 + t/10); 0 is none, null is 0.2 "
+        "(sgd) or 0.06 (adam) under rule adaptive, else none", NOT_NEGATIVE)
+    weight_decay: float = key(0.0, "adds weight_decay theta to the meta-gradient", NOT_NEGATIVE)
+    average: bool | None = key(
+        None, "evaluate an average of theta over about the last tenth of all iterations; null is true under rule adaptive")
+
+
+@dataclass(frozen=True)
+class Rates:
+    rule: Literal["adaptive", "paper", "fixed"] = key("adaptive", "how alpha and beta move")
+    alpha_shape: Literal["scalar", "layer", "layer_step", "parameter"] = key(
+        "scalar", "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number")
+    alpha: float = key(0.01, "first inner rate", POSITIVE)
+    beta: float = key(0.001, "first meta rate", POSITIVE)
+    alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
+    beta_hyperlr: float = key(1e-3, "paper: rate of beta, per product in task.reduction", NOT_NEGATIVE)
+    kappa: float = key(1.0, "adaptive: largest step of log alpha and log beta per iteration", POSITIVE)
+    tolerance: float = key(0.6, "adaptive: opposition of successive meta-gradients that beta endures", NOT_NEGATIVE)
+    minimum: float = key(1e-6, "adaptive: lower bound of both rates", POSITIVE)
+    maximum: float = key(10.0, "adaptive: upper bound of both rates", POSITIVE)
+
+
+@dataclass(frozen=True)
+class Engine:
+    name: Literal["torch", "deepspeed"] = key("torch", "what holds theta: every rank, or ranks in shards")
+    zero_stage: int = key(1, "deepspeed: what is sharded, more from 0 to 3", (lambda v: 0 <= v <= 3, "must be 0, 1, 2 or 3"))
+    timeout: float = key(120.0, "seconds after which a rank that does not answer ends the run", POSITIVE)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: int = key(0, "iterations between evaluations on the validation split; 0 is only at the end", NOT_NEGATIVE)
+    tasks: int = key(200, "tasks per evaluation", AT_LEAST_ONE)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = key(500, "iterations between checkpoints; 0 is only at the end", NOT_NEGATIVE)
+    keep: int = key(3, "newest checkpoints kept", AT_LEAST_ONE)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    uri: str | None = key(None, "MLflow store; null is mlflow.db beside the run's folder; disabled is none", NOT_EMPTY)
+    experiment: str = key("alpha-maml", "MLflow experiment", NOT_EMPTY)
+    sweep: str | None = key(None, "tag that the runs of one sweep share", NOT_EMPTY)
+    timeout: float = key(30.0, "longest wait in seconds for the store at the end of a run", NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    task: Task = field(default_factory=Task)
+    inner: Inner = field(default_factory=Inner)
+    outer: Outer = field(default_factory=Outer)
+    rates: Rates = field(default_factory=Rates)
+    engine: Engine = field(default_factory=Engine)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+    iterations: int = key(1000, "meta-iterations in all", AT_LEAST_ONE)
+    seed: int = key(0, "of the tasks and of theta's initialisation", (lambda v: 0 <= v < 2**63, "must be in [0, 2^63)"))
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one")
+    precision: Literal["float32", "float64"] = key("float32", "of theta and of every product on the way to it")
+    loss_threshold: float = key(2.5, "iterations_to_threshold counts until the training loss is under this", POSITIVE)
+    run_dir: str | None = key(None, "folder of the run; null derives it from the configuration", NOT_EMPTY)
+
+
+def keys(section: type = Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (its dataclass field, its resolved type), in order of definition."""
+    hints, found = typing.get_type_hints(section), {}
+    for item in fields(section):
+        if is_dataclass(hints[item.name]):
+            found |= keys(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = (item, hints[item.name])
+    return found
+
+
+def default(item: Any) -> Any:
+    return item.default if item.default is not MISSING else item.default_factory()
+
+
+def spelled(kind: Any) -> str:
+    """A type as a user would say it."""
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(spelled(k) for k in typing.get_args(kind))
+    return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", dict: "a mapping",
+            types.NoneType: "null"}[kind]
