@@ -12,9 +12,9 @@ from torch import nn
 
 from data.errors import InputError
 from models.checks import check, reason
-from models.functional import function, skeleton
+from models.functional import compiled, function, skeleton
 
-__all__ = ["build", "check", "function", "skeleton"]
+__all__ = ["build", "check", "compiled", "function", "skeleton"]
 
 SHIPPED = {"mlp": "models.mlp:MLP", "conv4": "models.conv4:Conv4", "resnet12": "models.resnet12:ResNet12"}
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.errors import InputError
+
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model without its parameters' values (they are on the device meta, tied ones stay tied); buffers are
@@ -23,10 +25,30 @@ def function(model: nn.Module, training: bool) -> Callable[[dict[str, Tensor], T
     model = skeleton(model).train(training)
 
     def apply(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph holds no settings: who compiles sets them around the call
+            return functional_call(model, params, (x,))
         with differentiable_attention():
             return functional_call(model, params, (x,))
 
     return apply
+
+
+def compiled(function: Callable) -> Callable:
+    """`function`, which calls an `apply` as above, as one graph of torch.compile; torch keeps what it compiles between runs.
+    Raises InputError where there is no compiler."""
+    graph = torch.compile(function, fullgraph=True)
+
+    def run(*arguments: object) -> object:
+        try:
+            with differentiable_attention():
+                return graph(*arguments)
+        except Exception as error:
+            if "C++ compiler" not in str(error):
+                raise
+            raise InputError("compile: true needs a C++ compiler, and torch finds none; install g++, name another in CXX, or "
+                             "leave compile out") from None
+
+    return run
 
 
 @contextmanager

@@ -165,6 +165,8 @@ def check_together(config: Config) -> None:
     if config.inner.recompute and config.model.randomness != "error":
         raise InputError("inner.recompute: true would draw model.randomness anew where it computes anew; leave it null, or set "
                          "model.randomness to error")
+    if config.compile and config.model.randomness != "error":
+        raise InputError("compile: true would draw other numbers than model.randomness promises; leave one of them out")
     if config.engine.name == "deepspeed" and config.precision != "float32":
         raise InputError(f"precision: {config.precision} is not for engine.name deepspeed, whose shards are float32; use "
                          "float32, or engine.name torch")
@@ -200,7 +202,7 @@ def flat_values(config: Config) -> dict[str, Any]:
 
 # What may change between the parts of one run: where and how long it runs and is watched, not what it computes.
 _CIRCUMSTANCES = ("data.root", "data.resident", "task.chunk", "engine.", "evaluation.", "checkpoint.", "tracking.",
-                  "iterations", "device", "loss_threshold", "run_dir")
+                  "iterations", "device", "compile", "loss_threshold", "run_dir")
 
 
 def trajectory(config: Config) -> dict[str, Any]:

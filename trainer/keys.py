@@ -142,6 +142,8 @@ class Config:
     seed: int = key(0, "of the tasks and of theta's initialisation", (lambda v: 0 <= v < 2**63, "must be in [0, 2^63)"))
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one")
     precision: Literal["float32", "float64"] = key("float32", "of theta and of every product on the way to it")
+    compile: bool = key(False, "the meta-gradient as one graph of torch.compile: a minute at the first start, kept for later "
+                        "ones; for models without forward_tasks, and small ones")
     loss_threshold: float = key(2.5, "iterations_to_threshold counts until the training loss is under this", POSITIVE)
     run_dir: str | None = key(None, "folder of the run; null derives it from the configuration", NOT_EMPTY)
 

@@ -26,7 +26,7 @@ from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
 from trainer.inner import InnerLoop
 from trainer.keys import Config
-from trainer.maml import VMAP_INPUTS, Apply, meta_gradient, one_task
+from trainer.maml import VMAP_INPUTS, Apply, MetaGradient, each_task, meta_gradient, one_task
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
            "hypergradients/beta", "guards/skipped")
@@ -50,6 +50,7 @@ class Problem:
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
     forward_tasks: Apply | None = None  # `train_apply` of many tasks at once, where the model can
+    each_task: Callable[..., MetaGradient] = each_task  # or that function compiled
     chunk: int = 0  # tasks differentiated at once; 0 is automatic
     adapted: tuple[str, ...] | None = None  # the tensors that move within a task; None: all
     draw_seed: int = 0  # of what the model draws in iteration 0: for this rank's first task, or for all tasks
@@ -75,7 +76,8 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     tasks = problem.source.batch("train", state.iteration, problem.indices)
     alpha = state.rates.alpha.to(problem.dtype)
     local = meta_gradient(problem.train_apply, problem.source.loss, state.engine.theta(), alpha, tasks,
-                          problem.inner(state.iteration), problem.chunk, problem.forward_tasks)  # 1: adapt with alpha_t
+                          problem.inner(state.iteration), problem.chunk, problem.forward_tasks,
+                          problem.each_task)  # 1: adapt with alpha_t
     decided = []
 
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
@@ -117,13 +119,14 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
     apply, train_apply = (models.function(skeleton, training) for training in (False, True))
     forward_tasks, chunk = getattr(skeleton, "forward_tasks", None), task.chunk
     inputs = task.ways * (task.shots + task.queries) * math.prod(source.input_shape)
-    if config.model.randomness != "error":
-        forward_tasks = None  # only vmap can tell tasks' draws apart
+    if config.model.randomness != "error" or config.compile:
+        forward_tasks = None  # only vmap can tell tasks' draws apart, and be one graph
     elif forward_tasks is None and world.device.type == "cpu" and inputs > VMAP_INPUTS:
         forward_tasks, chunk = one_task(train_apply), 1
     draw_seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
     theta = dict(model.named_parameters())
-    problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, chunk,
+    way = models.compiled(each_task) if config.compile else each_task
+    problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, way, chunk,
                       inner.chosen(theta, config.inner.adapts), draw_seed)
     alpha = inner.alpha_sizes(problem.inner(0), theta)
     return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)

@@ -273,6 +273,12 @@ def tasks_meta_gradient(forward_tasks: Apply, loss: Loss, theta: Params, alpha: 
         return _sweep(support, query, 1, theta, alpha, loop)
 
 
+def each_task(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, loop: InnerLoop) -> MetaGradient:
+    """`task_meta_gradient` of T tasks of any model; every field with the axis T in front."""
+    return vmap(lambda *task: task_meta_gradient(apply, loss, theta, alpha, TaskBatch(*task), loop),
+                randomness=loop.randomness)(*tasks)
+
+
 def one_task(apply: Apply) -> Apply:
     """`forward_tasks` of a single task, of any model: plain autograd without vmap, for chunks of one task."""
 
@@ -283,22 +289,22 @@ def one_task(apply: Apply) -> Apply:
 
 
 def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, loop: InnerLoop, chunk: int = 0,
-                  forward_tasks: Apply | None = None) -> MetaGradient:
+                  forward_tasks: Apply | None = None, each_task: Callable[..., MetaGradient] = each_task) -> MetaGradient:
     """The sums over a shard of T tasks, `chunk` of them at a time, which bounds the memory (0: all at once on a GPU, on a CPU
     as many as CHUNK_INPUTS says). `loop.recompute` computes inner steps anew in the backward sweep instead of keeping their
     graphs: the same numbers, memory that hardly grows with the steps, for more time.
 
-    Without `forward_tasks` each task is differentiated inside vmap: differentiating through vmap gives wrong second
-    derivatives with normalisation layers on current torch. `alpha` is of theta's dtype and of shape `alpha_sizes(loop, theta)`.
+    Without `forward_tasks` each task is differentiated inside vmap, by `each_task` or that function compiled: differentiating
+    through vmap gives wrong second derivatives with normalisation layers on current torch. `alpha` is of theta's dtype and of
+    shape `alpha_sizes(loop, theta)`.
     Where `loop.randomness` allows `apply` to draw from torch's generator, `loop.recompute` must be False: computing anew would
     draw anew.
     """
-    if forward_tasks is None:
-        each = vmap(lambda *task: task_meta_gradient(apply, loss, theta, alpha, TaskBatch(*task), loop),
-                    randomness=loop.randomness)
-    else:
-        def each(*part: Tensor) -> MetaGradient:
-            return tasks_meta_gradient(forward_tasks, loss, theta, alpha, TaskBatch(*part), loop)
+    def each(part: TaskBatch) -> MetaGradient:
+        if forward_tasks is not None:
+            return tasks_meta_gradient(forward_tasks, loss, theta, alpha, part, loop)
+        return each_task(apply, loss, theta, alpha, part, loop._replace(seed=0))  # a graph is compiled for one seed
+
     size = len(tasks.support_x)
     if chunk == 0:
         inputs = (tasks.support_x.numel() + tasks.query_x.numel()) // size
@@ -307,7 +313,7 @@ def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks:
     for start in range(0, size, chunk):
         if loop.randomness != "error":
             torch.manual_seed(loop.seed + start if loop.randomness == "different" else loop.seed)
-        part = each(*(x[start : start + chunk] for x in tasks))
+        part = each(TaskBatch(*(x[start : start + chunk] for x in tasks)))
         part = MetaGradient({name: g.sum(0) for name, g in part.gradient.items()}, *(x.sum(0) for x in part[1:]))
         total = part if total is None else _add(total, part)
     return total

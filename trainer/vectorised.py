@@ -21,6 +21,7 @@ from trainer import checkpoint, loop, spool
 from trainer import config as configuration
 from trainer.collective import World
 from trainer.keys import Config
+from trainer.maml import each_task
 
 NUMBERS = ("rates.alpha", "rates.beta", "rates.alpha_hyperlr", "rates.beta_hyperlr", "rates.kappa", "rates.tolerance")
 WINDOW = 50  # iterations between looks at the values: nothing waits for a GPU in between
@@ -74,7 +75,7 @@ def train(configs: list[Config], world: World, stop_requested: Callable[[], bool
     DIVERGED, or KILLED where a stop was requested; such a run starts again from its beginning. Raises InputError."""
     for group in together(configs):
         problem, state = loop.set_up(configs[group[0]], world)
-        problem = replace(problem, forward_tasks=None, chunk=problem.config.task.chunk)  # autograd cannot be mapped again
+        problem = replace(problem, forward_tasks=None, each_task=each_task, chunk=problem.config.task.chunk)  # what vmap maps
         size = at_once(_largest(problem), _copied(state), len(group))
         for start in range(0, len(group), size):
             chunk = group[start : start + size]
