@@ -29,7 +29,7 @@ SETTINGS = {  # tasks ways shots steps size colours channels
     "4 x 5-way 5-shot, K = 5, 84 x 84 x 3": (4, 5, 5, 5, 84, 3, 32),
 }
 LIBRARIES = ("learn2learn", "higher", "TorchOpt")
-PATIENCE = 120  # seconds for a contender's first results
+PATIENCE = 300  # seconds for a contender's first results, compilation included
 SLOW = 3.0  # seconds from which a contender takes only two rounds
 
 

@@ -24,7 +24,7 @@ import models
 from data.tasks import TaskBatch, classification_loss
 from launch.runtime import keep_memory
 from trainer.inner import InnerLoop
-from trainer.maml import VMAP_INPUTS, meta_gradient, one_task
+from trainer.maml import VMAP_INPUTS, each_task, meta_gradient, one_task
 
 ALPHA = 0.1
 Gradient = dict[str, np.ndarray]
@@ -120,6 +120,14 @@ def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
     how = {"chunk": 1, "forward_tasks": one_task(apply)} if in_turn else {}
     return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, tasks,
                                                 InnerLoop(problem.steps), **how).gradient)
+
+
+def ours_compiled(problem: Problem) -> Callable[[], Gradient]:
+    """The same as one graph of torch.compile (the key `compile`)."""
+    alpha = torch.tensor(ALPHA, dtype=problem.tasks.support_x.dtype)
+    apply, way = models.function(problem.model, training=True), models.compiled(each_task)
+    return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, problem.tasks,
+                                                InnerLoop(problem.steps), len(problem.tasks.support_x), each_task=way).gradient)
 
 
 def loop(problem: Problem) -> Callable[[], Gradient]:
@@ -255,7 +263,8 @@ def jax(problem: Problem) -> Callable[[], Gradient]:
     return lambda: {name: np.asarray(g) for name, g in library.block_until_ready(step(theta)).items()}
 
 
-CONTENDERS = {"ours": ours, "ours, 2 ranks": ours, "ours, any model": ours_any_model, "learn2learn": learn2learn,
+CONTENDERS = {"ours": ours, "ours, 2 ranks": ours, "ours, any model": ours_any_model,
+              "ours, compiled": ours_compiled, "learn2learn": learn2learn,
               "higher": higher, "TorchOpt": torchopt, "loop": loop, "vmap": vmapped, "JAX": jax}
 
 

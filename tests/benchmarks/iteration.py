@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -79,6 +80,18 @@ def memory() -> dict[str, float]:
         return {contender.name: contender.memory for contender in interleaved(started, 2)}
 
 
+def start_up(rounds: int) -> float:
+    """Seconds of a whole `alpha-maml train` of one iteration: what comes before the first iteration, at most."""
+    seconds, words = [], [word for name, value in KEYS.items() for word in (f"--{name}", value)]
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "launch", "train", *words, "--iterations", "1", "--evaluation.tasks", "1",
+                            "--tracking.uri", "disabled", "--run_dir", folder], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
 def pair_ratio(a: list[float], b: list[float]) -> float:
     """The median over rounds of a's time by b's: neighbours in time see the same noise."""
     return statistics.median(x / y for x, y in zip(a, b))
@@ -118,6 +131,7 @@ def main() -> None:
     whole, communication = weak_scaling(rounds)
     print(f"weak scaling, 16 tasks a rank of one thread: two ranks reach {100 * whole:.1f} % of one, "
           f"{100 * communication:.1f} % of two runs side by side", flush=True)
+    print(f"a whole run of one iteration, from the command to its end: {start_up(3):.1f} s", flush=True)
     peaks = memory()
     print("peak memory of an iteration, 8 tasks of 5-way 1-shot: " + ", ".join(
         f"{name} {mib:.0f} MiB" for name, mib in peaks.items()) + f"; K = 50 by K = 1: {peaks['K = 50'] / peaks['K = 1']:.2f}")
