@@ -34,7 +34,7 @@ STATE = "tracking.json"  # run_id, experiment_id and offset: the byte of metrics
 BATCH = 1000  # MLflow's limit of metrics a request
 POLL = 1.0  # seconds between looks at the folder
 LONGEST_WAIT = 10.0  # seconds between attempts while the store does not answer
-SERVING = ("mlflow", "numpy", "pyyaml", "safetensors", "torch")  # packages that a served model needs
+SERVING = ("mlflow", "numpy", "pillow", "pyyaml", "safetensors", "torch")  # packages that a served model needs
 
 
 def store_uri(config: Config, run_dir: Path) -> str:
