@@ -30,7 +30,7 @@ from trainer.maml import VMAP_INPUTS, Apply, MetaGradient, each_task, meta_gradi
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
            "hypergradients/beta", "guards/skipped")
-SKIPPED = METRICS.index("guards/skipped")
+ALPHA, BETA, SKIPPED = (METRICS.index(name) for name in ("rates/alpha", "rates/beta", "guards/skipped"))
 HOPELESS = 50  # skipped iterations in a row after which a run has diverged: more than halving alpha from 10 to 1e-6 takes
 
 
@@ -241,7 +241,7 @@ def _iterate(problem: Problem, state: State, recorder: spool.Recorder, saver: ch
         skipped = next((i for i, row in enumerate(reversed(rows)) if not row[SKIPPED]), skipped + len(rows))
         if skipped >= HOPELESS:
             raise Diverged(f"training diverged: no usable loss in {skipped} iterations up to {state.iteration}, at alpha "
-                           f"{rows[-1][3]:.3g} and beta {rows[-1][4]:.3g}; lower rates.alpha and rates.beta, or use "
+                           f"{rows[-1][ALPHA]:.3g} and beta {rows[-1][BETA]:.3g}; lower rates.alpha and rates.beta, or use "
                            "rates.rule adaptive; the last checkpoint is from before")
         if world.rank == 0:
             watch(state.iteration, recorder.latest)

@@ -71,10 +71,7 @@ class Sender:
 
 
 def read_state(run_dir: Path) -> dict:
-    try:
-        return json.loads((run_dir / STATE).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
+    return spool.read_json(run_dir / STATE)
 
 
 def link(config: Config, run_dir: Path) -> str:
