@@ -91,8 +91,9 @@ def test_the_number_of_ranks_changes_no_digit_and_no_file(trained: Path, tmp_pat
     arguments = ("--inner.steps", STEPS, "--tracking.uri", "disabled", "--out")
     for ranks in (0, 5):  # 5: more than tasks in an iteration of the training
         measured(trained, *arguments, tmp_path / str(ranks), ranks=ranks)
-    subprocess.run(command("evaluate", "--run_dir", trained, "--evaluation.tasks", TASKS, *arguments, tmp_path / "2", ranks=2),
-                   cwd=ROOT, check=True, capture_output=True)
+    words = command("evaluate", "--run_dir", trained, "--evaluation.tasks", TASKS, *arguments, tmp_path / "2", ranks=2)
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     (table,) = {(tmp_path / str(ranks) / "tasks.csv").read_text() for ranks in (0, 2, 5)}
     summaries = [json.loads((tmp_path / str(ranks) / "evaluation.json").read_text()) for ranks in (0, 2, 5)]
     assert len({json.dumps(summary | {"out": None}) for summary in summaries}) == 1 and len(table.splitlines()) == TASKS + 1

@@ -83,7 +83,8 @@ def ask(drawing: Path, tmp_path: Path) -> Callable[[object], tuple[int, dict]]:
     store, *words = command.split()
     name, uri = store.split("=", 1)
     port = free_port()
-    away = {"PYTHONPATH": "", name: uri, "MLFLOW_DISABLE_TELEMETRY": "true"}  # the model brings its own code
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mlflow starts uvicorn by its name
+    away = {"PATH": path, "PYTHONPATH": "", name: uri, "MLFLOW_DISABLE_TELEMETRY": "true"}  # the model brings its own code
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", *words, "--port", str(port)], cwd=tmp_path, stdout=log, stderr=log,
                                    env=os.environ | away, start_new_session=True)
@@ -109,7 +110,8 @@ def ask(drawing: Path, tmp_path: Path) -> Callable[[object], tuple[int, dict]]:
                 time.sleep(0.1)
         yield post
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
