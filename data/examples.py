@@ -1,7 +1,7 @@
 """Examples that a user brings to a trained run: a folder of images, or an .npz archive of arrays."""
 from __future__ import annotations
 
-import zipfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 from PIL.Image import Image
 
 from data import images
-from data.errors import InputError
+from data.errors import InputError, reading
 from data.images import SUFFIXES
 
 Prepare = Callable[[Image], np.ndarray]  # an image of PIL's -> the model's input
@@ -30,6 +30,12 @@ def read(path: Path, option: str, prepare: Prepare | None) -> Examples:
     """
     if path.suffix == ".npz":
         return _arrays(path, option)
+    with reading(option), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of images that it decodes all the same
+        return _folder(path, option, prepare)
+
+
+def _folder(path: Path, option: str, prepare: Prepare | None) -> Examples:
     if not path.is_dir():
         raise InputError(f"{option}: {path} is neither a folder nor an .npz file; give one of the two")
     if prepare is None:
@@ -59,9 +65,9 @@ def _image(file: Path, option: str, prepare: Prepare) -> np.ndarray:
 
 def _arrays(path: Path, option: str) -> Examples:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if name in ("x", "y")}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(f"{option}: {path} cannot be read as an .npz archive of arrays ({reason}); write it with "
                          "numpy.savez") from None

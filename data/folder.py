@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data import store
-from data.errors import InputError
+from data.errors import InputError, reading
 from data.images import SUFFIXES
 from data.store import Class, File
 from data.tasks import SPLITS, TaskBatch, TaskSizes, classification_batch, draw_examples, usable_classes
@@ -25,10 +25,10 @@ Note = tuple[str, str, str]  # as in data.store: a path below the root, the kind
 
 def find(root: Path) -> tuple[list[Class], list[Note]]:
     """The classes under `root` with their files, and what is there besides. Raises InputError where there is no data set."""
-    if not root.is_dir():
-        raise InputError(f"data.root: {root} is not a folder; give the one that holds the images, see docs/data.md")
     notes: list[Note] = []
-    try:
+    with reading("data.root"):
+        if not root.is_dir():
+            raise InputError(f"data.root: {root} is not a folder; give the one that holds the images, see docs/data.md")
         lists = _split_lists(root)
         if lists:
             classes = _listed(root, lists, notes)
@@ -36,9 +36,6 @@ def find(root: Path) -> tuple[list[Class], list[Note]]:
             classes = [Class(split, name, files) for split in SPLITS for name, files in _folders(root, split, notes)]
         else:
             classes = _shared_out(_folders(root, "", notes))
-    except OSError as error:
-        raise InputError(f"data.root: {error.filename or root} cannot be read ({error.strerror or error}); check the path and "
-                         "its permissions") from None
     if not any(c.files for c in classes):
         first = f" ({notes[0][0]} {notes[0][2]})" if notes else ""
         raise InputError(f"data.root: {root} holds no image of a class{first}; give a folder that does, see docs/data.md")
@@ -66,27 +63,30 @@ def _folders(root: Path, below: str, notes: list[Note]) -> list[tuple[str, list[
     return found
 
 
-def _walk(root: Path, folder: str, notes: list[Note], above: frozenset = frozenset()) -> Iterator[tuple[str, list[File], bool]]:
+def _walk(root: Path, folder: str, notes: list[Note]) -> Iterator[tuple[str, list[File], bool]]:
     """root/folder and all folders below it, by name: the path below the root, the images in it, and whether there is no
-    folder below. Hidden ones are passed over, links are followed."""
-    status = os.stat(root / folder)
-    if (status.st_dev, status.st_ino) in above:  # a link to a folder that it is in
-        return
-    files, inner = [], []
-    with os.scandir(root / folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            path = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                inner.append(path)
-            elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
-                files.append(_file(root, path))
-            else:
-                notes.append((path, "files that are no images", "is no image by its name; it is left out"))
-    yield folder, files, not inner
-    for path in inner:
-        yield from _walk(root, path, notes, above | {(status.st_dev, status.st_ino)})
+    folder below. Hidden ones are passed over, links are followed, but to no folder twice: they may lead in circles."""
+    seen, left = set(), [folder]
+    while left:
+        folder = left.pop()
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        files, inner = [], []
+        with os.scandir(root / folder) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                path = os.path.join(folder, entry.name)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    inner.append(path)
+                elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
+                    files.append(_file(root, path))
+                else:
+                    notes.append((path, "files that are no images", "is no image by its name; it is left out"))
+        yield folder, files, not inner
+        left += reversed(inner)
 
 
 def _file(root: Path, path: str) -> File:
@@ -123,6 +123,8 @@ def _listed(root: Path, lists: dict[str, Path], notes: list[Note]) -> list[Class
             if by_image and len(row) != 2:
                 raise InputError(f"data.root: {path}, row {number} has {len(row)} columns, not filename and label; correct it")
             label = row[1] if by_image else row[0].strip()
+            if os.path.normpath(row[0].strip()).split(os.sep)[0] in ("..", ".", "") or not row[0].isprintable():
+                raise InputError(f"data.root: {path}, row {number} names {row[0]!r}, which must be a path below the root; correct it")
             if seen.setdefault(label, split) != split:
                 raise InputError(f"data.root: class {label!r} is in {lists[seen[label]].name} and in {path.name}; a class "
                                  "belongs to one split, remove it from the other")

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 PIXELS = 2**26  # of an image at most: more is not a photograph but a way to fill the memory
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # by content, whatever the name: Pillow runs Ghostscript for PostScript
 Read = TypeVar("Read")
 
 
@@ -17,7 +18,7 @@ def read(path: str | Path, prepare: Callable[[Image.Image], Read]) -> Read:
     """What `prepare` makes of the image in a file. Raises ValueError, in one line, where it cannot be decoded or has more
     than PIXELS pixels (seen from its header, before any is decoded)."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, at most {PIXELS} are read")
             return prepare(image)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import InputError, reading
 from data.tasks import TaskBatch, TaskSizes, classification_batch, draw, draw_subset
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ ARCHIVES = {
 }
 UPSTREAM = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 CHARACTERS, DRAWINGS, SIZE = 1623, 20, 28
+LARGEST = 2**24  # bytes of an archive; the larger one has 9.5 million
 SPLIT_BOUNDS = {"train": (0, 1100), "val": (1100, 1200), "test": (1200, CHARACTERS)}
 REMEDY = "fetch both archives from the folder python of github.com/brendenlake/omniglot into data.root"
 
@@ -50,6 +51,8 @@ def find_archives(root: str | None, cache: Path) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise InputError(f"data.root: {path} does not exist; {REMEDY}")
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"data.root: {path} has {path.stat().st_size} bytes, Omniglot's have fewer; {REMEDY}")
     return paths
 
 
@@ -80,7 +83,7 @@ def decode_archive(path: Path) -> dict[str, np.ndarray]:
                         raise ValueError(f"{entry.filename} is {image.size[0]} x {image.size[1]}, not 105 x 105")
                     small = prepare(image)
                 drawings.setdefault(entry.filename.rsplit("/", 1)[0], []).append(small)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, SyntaxError) as error:
+    except Exception as error:  # zipfile, zlib and Pillow raise a dozen kinds
         raise InputError(f"data.root: {path} is not a whole Omniglot archive ({error}); {REMEDY}") from None
     for name, images in drawings.items():
         if len(images) != DRAWINGS:
@@ -95,8 +98,9 @@ def load_images(root: str | None, cache: Path) -> tuple[np.ndarray, str]:
     """
     from filelock import FileLock
 
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "omniglot.lock"):
+    with reading("data.root"):
+        cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "omniglot.lock"), reading("data.root"):
         archives = find_archives(root, cache)
         source = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in archives)).hexdigest()
         store, seal = cache / f"omniglot-{SIZE}-{source[:16]}.npy", cache / f"omniglot-{SIZE}-{source[:16]}.sha256"

@@ -39,8 +39,8 @@ def imported(name: str) -> Callable:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"data.name: {name!r} cannot be imported ({error}); it must be package.module:Class and on "
+    except Exception as error:  # importing runs the user's code
+        raise InputError(f"data.name: {name!r} cannot be imported ({type(error).__name__}: {error}); it must be package.module:Class and on "
                          "PYTHONPATH") from None
 
 
@@ -49,8 +49,9 @@ def built(name: str, args: dict[str, Any]) -> Any:
     factory = imported(name)
     try:
         own = factory(**args)
-    except (TypeError, ValueError, OSError) as error:
-        raise InputError(f"data.args: {name} cannot be built from {args} ({error}); correct data.args") from None
+    except Exception as error:  # building runs it too
+        raise InputError(f"data.args: {name} cannot be built from {args} ({type(error).__name__}: {error}); correct "
+                         "data.args") from None
     for part in ("input_shape", "classes", "examples", "read"):
         if not hasattr(own, part):
             raise InputError(f"data.name: {name} has no {part}; give it one, see docs/data.md")

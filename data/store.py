@@ -205,8 +205,11 @@ def _whole_chunks(partial: Path) -> list[dict]:
 
 
 def _lines(journal: Path) -> Iterator[dict]:
-    for line in journal.read_text().splitlines():
+    for line in journal.read_bytes().splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:  # cut off by a kill
+            chunk = json.loads(line)
+            if chunk["bytes"] < 0 or not isinstance(chunk["results"], list):
+                return
+        except (ValueError, TypeError, KeyError):  # cut off by a kill
             return
+        yield chunk

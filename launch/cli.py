@@ -79,8 +79,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         overrides = {name: value for name, value in vars(known).items() if name in keys.keys()}
         if unknown:  # names the nearest key
             name, _, value = unknown[0].removeprefix("--").partition("=")
-            configuration.checked(name, value, f"{unknown[0]} on the command line")
-            raise InputError(f"command line: {unknown[0]} is not for {known.verb}; see alpha-maml {known.verb} --help")
+            option = unknown[0].partition("=")[0]
+            configuration.checked(name, value, f"{option} on the command line")
+            raise InputError(f"command line: {option} is not for {known.verb}; see alpha-maml {known.verb} --help")
         known.words = words
         code = {"train": train, "sweep": sweep, "evaluate": use.evaluate, "adapt": use.adapt, "export": use.export,
                 "report": report, "sync": sync, "slurm": slurm.submit}[known.verb](known, overrides)
@@ -109,7 +110,7 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         except loop.Diverged as error:
             print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
             status = "FAILED"
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             print(f"alpha-maml: out of memory with inner.steps {config.inner.steps} and task.chunk {config.task.chunk}; set "
@@ -188,6 +189,8 @@ def sync(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     from trainer import tracking
 
     folder, config = known.run_dir, configuration.of_run(known.run_dir, {})
+    if config.tracking.uri == "disabled":
+        raise InputError(f"tracking.uri: disabled in {folder / 'config.yaml'}: there is no store to ship it to; name one there")
     try:
         state = tracking.sync(folder, config.tracking.timeout)
     except InputError:

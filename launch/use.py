@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from data.errors import InputError
+from data.errors import InputError, say
 from trainer import config as configuration
 from trainer.keys import Config
 
@@ -155,14 +155,14 @@ def _in_store(config: Config, folder: Path, log: Callable[[], Result]) -> Result
     """What `log` puts into the MLflow run of the folder, or a line that says why it is not there."""
     from trainer import tracking
 
-    if config.tracking.uri == "disabled":
-        reason = "tracking.uri is disabled"
-    elif "run_id" not in tracking.read_state(folder):
-        reason = f"the run is not there yet: alpha-maml sync --run_dir {folder}, then run the same command again"
-    else:
-        try:
+    try:
+        if config.tracking.uri == "disabled":
+            reason = "tracking.uri is disabled"
+        elif "run_id" not in tracking.read_state(folder):
+            reason = f"the run is not there yet: alpha-maml sync --run_dir {folder}, then run the same command again"
+        else:
             return log()
-        except Exception as error:  # the store may be away: the files are written
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}; run the same command again to put it there"
-    print(f"alpha-maml: not in MLflow ({reason})", file=sys.stderr)
+    except Exception as error:  # the store may be away: the files are written
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}; run the same command again to put it there"
+    say(f"not in MLflow ({reason})")
     return None

@@ -21,7 +21,7 @@ AGREEMENT = 0.01  # largest relative difference of forward_tasks from forward; w
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what torch says, of a GPU or of this machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def reason(error: Exception) -> str:

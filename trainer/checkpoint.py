@@ -111,7 +111,7 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
     """Fills `state`'s tensors in place, on whatever device they are. Raises InputError where names or shapes differ."""
     held = read(path)
     for name in sorted(held.keys() | state.keys()):
-        has, needs = (tuple(t[name].shape) if name in t else None for t in (held, state))
+        has, needs = (f"{list(t[name].shape)} of {t[name].dtype}" if name in t else None for t in (held, state))
         if has != needs:
             raise InputError(f"run_dir: {path} holds {name} with shape {has}, the configuration needs {needs}; use the "
                              "configuration it was trained with")
@@ -120,14 +120,19 @@ def load(path: Path, state: dict[str, Tensor]) -> None:
 
 def _fault(path: Path) -> str | None:
     try:
-        for name, digest in facts(path)["files"].items():
-            if _digest(path / name) != digest:
-                return f"{name} is damaged (its SHA-256 differs from the manifest's)"
+        about = facts(path)
+        if about["iteration"] != int(path.name):
+            return f"{MANIFEST} is of another iteration"
+        if _digest(path / TENSORS) != about["files"][TENSORS]:
+            return f"{TENSORS} is damaged (its SHA-256 differs from the manifest's)"
+        with safetensors.safe_open(path / TENSORS, "pt"):  # reads its header
+            return None
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except safetensors.SafetensorError as error:
+        return f"{TENSORS} is no safetensors file ({error})"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} is damaged ({type(error).__name__})"
-    return None
 
 
 def _digest(path: Path) -> str:

@@ -9,18 +9,21 @@ import difflib
 import hashlib
 import json
 import math
+import reprlib
 import types
 import typing
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from data.errors import InputError
+from data.errors import PASSWORD, InputError, one_line, reading
 from trainer.keys import Config, keys, spelled
 
 IMAGE_MODELS = ("conv4", "conv4_pooled", "resnet12")
+NODES = 10_000  # values that a file may hold, those that aliases repeat counted each time
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -36,7 +39,20 @@ def _converted(value: Any, kind: Any) -> Any:
         number = float(value)  # YAML 1.1 reads 1e-3 as text
         if math.isfinite(number) and (kind is float or number.is_integer()):
             return number if kind is float else int(value) if isinstance(value, (int, str)) and _digits(value) else int(number)
-    elif isinstance(value, kind):
+    elif kind is dict and isinstance(value, dict):
+        return _plain(value)
+    elif kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+def _plain(value: Any) -> Any:
+    """`value` where it is what JSON can hold as well; raises ValueError where it is not (YAML has dates, sets, and more)."""
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ValueError
 
@@ -53,7 +69,10 @@ def checked(name: str, value: Any, where: str) -> Any:
         raise InputError(f"{name}: no such key ({where}); " + (f"did you mean {close[0]}?" if close else
                          "`alpha-maml train --help` lists all"))
     item, kind = table[name]
-    shown = str(value) if len(str(value)) <= 60 else str(value)[:57] + "..."
+    if name == "tracking.uri" and isinstance(value, str) and PASSWORD.search(value):
+        raise InputError(f"tracking.uri: holds a password, which would stay in the run's files; leave it out ({where}) and set "
+                         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or what a database's driver reads, as PGPASSWORD")
+    shown = _shown(value)
     try:
         value = _converted(value, kind)
     except (ValueError, OverflowError):
@@ -64,32 +83,57 @@ def checked(name: str, value: Any, where: str) -> Any:
     return value
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice is an error."""
+def _shown(value: Any) -> str:
+    text = one_line(value) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        seen = set()
-        for name, _ in node.value:
-            if isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
-                if name.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"the key {name.value} stands twice", problem_mark=name.start_mark)
-                seen.add(name.value)
-        return super().construct_mapping(node, deep)
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice is an error, and aliases cannot grow without bound."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.sizes: dict[yaml.Node, int] = {}  # with all that its aliases stand for
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if alias and node not in self.sizes:
+            raise yaml.MarkedYAMLError(problem="an alias stands for what it is in", problem_mark=mark)
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            names = Counter(name.value for name, _ in inner if isinstance(name, yaml.ScalarNode) and not name.tag.endswith(":merge"))
+            if names and not alias and max(names.values()) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {names.most_common(1)[0][0]} stands twice", problem_mark=mark)
+            inner = [part for pair in inner for part in pair]
+        self.sizes[node] = 1 + sum(self.sizes[part] for part in inner)
+        if self.sizes[node] > NODES:
+            raise yaml.MarkedYAMLError(problem=f"it holds more than {NODES} values", problem_mark=mark)
+        return node
+
+
+def _parsed(text: str) -> Any:
+    """What a YAML text holds; raises ValueError, which says why it holds nothing."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises a dozen kinds, such as an IndexError of an empty !!int
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{place} ({getattr(error, 'problem', None) or error or type(error).__name__})") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The file's keys, dotted, not yet checked against their types; raises InputError."""
-    try:
+    with reading("--config"):
         if not path.is_file():
             raise InputError(f"--config: {path} is not a file; give the path of a YAML file, such as those under configs/")
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        reason = (getattr(error, "problem", None) or str(error)).splitlines()[0]
-        raise InputError(f"--config: {path} is not valid YAML{place} ({reason}); correct it") from None
-    except OSError as error:
-        raise InputError(f"--config: {path} cannot be read ({error.strerror}); check the path and its permissions") from None
+        content = path.read_bytes()
+    try:
+        content = _parsed(content.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config: {path} is not valid YAML ({error}); correct it") from None
+    except ValueError as error:
+        raise InputError(f"--config: {path} is not valid YAML{error}; correct it") from None
     if not isinstance(content, dict | None):
         raise InputError(f"--config: {path} holds {type(content).__name__}, it must hold a mapping of keys; correct it")
     return flat(content or {}, str(path))
@@ -101,7 +145,7 @@ def flat(content: dict, where: str, prefix: str = "") -> dict[str, Any]:
     for name, value in content.items():
         if not prefix and name in sections:
             if not isinstance(value, dict | None):
-                raise InputError(f"{name}: {value!r} must be a section of keys ({where}); indent its keys below it")
+                raise InputError(f"{name}: {_shown(value)!r} must be a section of keys ({where}); indent its keys below it")
             found |= flat(value or {}, where, f"{name}.")
         else:
             found[f"{prefix}{name}"] = value
@@ -115,8 +159,8 @@ def from_text(name: str, text: str) -> Any:
         return None
     if dict in (kind, *typing.get_args(kind)) or bool in (kind, *typing.get_args(kind)):
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
+            return _parsed(text)
+        except ValueError:
             return text
     return text
 
@@ -128,8 +172,9 @@ def build(file: Path | None, overrides: dict[str, str]) -> Config:
 
 def of_run(folder: Path, overrides: dict[str, str]) -> Config:
     """The configuration of the run in `folder`, with what the command line changes; raises InputError."""
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"run_dir: {folder} is not a run's folder (it has no config.yaml); give one that is")
+    with reading("run_dir"):
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"run_dir: {folder} is not a run's folder (it has no config.yaml); give one that is")
     return build(folder / "config.yaml", overrides)
 
 

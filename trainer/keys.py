@@ -11,7 +11,8 @@ from typing import Any, Literal
 Rule = tuple[Callable[[Any], bool], str]
 POSITIVE: Rule = (lambda v: v > 0, "must be greater than 0")
 NOT_NEGATIVE: Rule = (lambda v: v >= 0, "must be 0 or more")
-AT_LEAST_ONE: Rule = (lambda v: v >= 1, "must be 1 or more")
+AT_LEAST_ONE: Rule = (lambda v: 1 <= v <= 10**9, "must be 1 or more, and 10^9 at most")
+SECONDS: Rule = (lambda v: 0 < v <= 10**7, "must be greater than 0, and 10^7 at most")
 NOT_EMPTY: Rule = (lambda v: v != "" and v.isprintable(), "must be printable text, not empty")
 
 
@@ -103,7 +104,7 @@ class Rates:
 class Engine:
     name: Literal["torch", "deepspeed"] = key("torch", "what holds theta: every rank, or ranks in shards")
     zero_stage: int = key(1, "deepspeed: what is sharded, more from 0 to 3", (lambda v: 0 <= v <= 3, "must be 0, 1, 2 or 3"))
-    timeout: float = key(120.0, "seconds after which a rank that does not answer ends the run", POSITIVE)
+    timeout: float = key(120.0, "seconds after which a rank that does not answer ends the run", SECONDS)
 
 
 @dataclass(frozen=True)

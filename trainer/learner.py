@@ -43,8 +43,8 @@ class Learner:
         if steps < 0:
             raise ValueError(f"steps is {steps}, it must be 0 or more")
         x, y = self._inputs(support_x, "support_x"), np.asarray(support_y)
-        if len(y) != len(x):
-            raise ValueError(f"support_y has {len(y)} entries, support_x {len(x)}; give one for each")
+        if y.shape[:1] != x.shape[:1]:
+            raise ValueError(f"support_y has {len(y) if y.ndim else 0} entries, support_x {len(x)}; give one for each")
         if self.regression:
             targets, classes = self._numbers(y.reshape(len(y), -1), "support_y"), None
             if targets.shape[1] != self.outputs:
@@ -116,7 +116,8 @@ class Learner:
     def _numbers(self, values: np.ndarray, name: str) -> Tensor:
         if values.dtype.kind not in "fiub":
             raise ValueError(f"{name} holds {values.dtype}, it must hold numbers")
-        x = torch.from_numpy(np.ascontiguousarray(values)).to(self.alpha.device, self.alpha.dtype)
+        with np.errstate(over="ignore"):  # infinite then
+            x = torch.from_numpy(values.astype(np.float64)).to(self.alpha.device, self.alpha.dtype)
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} holds values that are not finite; remove them")
         return x
@@ -134,12 +135,17 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
     kind = data.described(config.data, config.task.ways)
     model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
                          config.model.args)
-    if any(name not in theta for name, _ in model.named_parameters()):
+    needed = dict(model.named_parameters())
+    if any(name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point() for name, p in needed.items()):
         raise InputError(f"run_dir: {path} does not hold the parameters of model.name {config.model.name}; use the code that "
                          "the run was trained with")
-    theta = {name: theta[name].to(device, dtype) for name, _ in model.named_parameters()}
+    theta = {name: theta[name].to(device, dtype) for name in needed}
     apply = models.function(model.to(device, dtype), training=False)
-    return Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
+    learner = Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
+    if learner.alpha.shape != inner.alpha_sizes(learner.loop, theta):
+        raise InputError(f"run_dir: {path} holds an alpha of shape {list(alpha.shape)}, rates.alpha_shape "
+                         f"{config.rates.alpha_shape} has {list(inner.alpha_sizes(learner.loop, theta))}; use the file as it was written")
+    return learner
 
 
 def _trained(folder: Path) -> tuple[Config, Params, Tensor]:
@@ -149,7 +155,8 @@ def _trained(folder: Path) -> tuple[Config, Params, Tensor]:
         raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
     state = checkpoint.read(path)
     prefix = "outer.average." if any(name.startswith("outer.average.") for name in state) else "theta."
-    return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, state["rates.alpha"]
+    alpha = state.get("rates.alpha", torch.empty(0))
+    return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, alpha
 
 
 def _saved(path: Path) -> tuple[Config, Params, Tensor]:
@@ -158,6 +165,6 @@ def _saved(path: Path) -> tuple[Config, Params, Tensor]:
             facts = {name: json.loads(file.metadata()[name]) for name in ("config", "alpha")}
             theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, not a dict
         return configuration.of(facts["config"], f"in {path}", {}), theta, torch.tensor(facts["alpha"], dtype=torch.float64)
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: is not a whole file of `alpha-maml export` ({type(error).__name__}: {error}); write it "
                          "again") from None

@@ -185,6 +185,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
         problem, state = set_up(config, world)
         state = resume(state, folder, world)
         finished = state.iteration >= config.iterations
+        recorder = spool.Recorder(folder if world.rank == 0 and not finished else None, METRICS, config.task.batch)
         if world.rank == 0:
             if not finished:
                 begin(folder, config, problem, state.iteration)
@@ -192,7 +193,6 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
         if finished:
             return "FINISHED"
         saver = checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep)
-        recorder = spool.Recorder(folder if world.rank == 0 else None, METRICS, config.task.batch)
         try:
             status = _iterate(problem, state, recorder, saver, stop_requested, watch)
         except Diverged:

@@ -78,9 +78,9 @@ def maps(folder: Path, target: Path) -> list[Path]:
 def log(paths: list[Path], folder: Path) -> str | None:
     """Puts the figure into the MLflow experiment of the run in `folder`, as a run of its own named after the file; a line
     that says why not, or None."""
-    if "experiment_id" not in tracking.read_state(folder):
-        return None  # a run that is not tracked
     try:
+        if "experiment_id" not in tracking.read_state(folder):
+            return None  # a run that is not tracked
         tracking.log_figure(configuration.build(folder / "config.yaml", {}), folder, paths)
     except Exception as error:  # the store may be away: the files are written
         return f"not in MLflow ({type(error).__name__}); run the same command again to put it there"

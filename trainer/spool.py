@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import InputError, reading
 
 METRICS = "metrics.jsonl"
 
@@ -46,16 +47,54 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The file's content, or {} where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The file's content, or {} where there is none; raises InputError where it is damaged."""
+    with reading("run_dir"):
+        if not path.is_file():
+            return {}
+        text = path.read_bytes()
+    content = _json(text)
+    if not isinstance(content, dict):
+        raise InputError(f"run_dir: {path} is damaged; restore it, or remove it")
+    return content
+
+
+def _json(text: bytes) -> Any:
+    """What it holds; None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_lines(run_dir: Path, offset: int = 0) -> Iterator[tuple[int, dict]]:
+    """(the byte at which it ends, the line) for every whole line of metrics.jsonl from a byte on; a torn last line, as a killed
+    run leaves it, is not one. Raises InputError where one is no line of metrics, or not of the same run."""
+    path, step = run_dir / METRICS, 0
+    with reading("run_dir"):
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            file.seek(offset)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    return
+                line = _json(text)
+                if not _is_of_run(line, step):
+                    raise InputError(f"run_dir: {path} is damaged at byte {offset} (not the line of an iteration after {step}); "
+                                     "remove what does not belong there, or choose another run_dir")
+                offset, step = offset + len(text), line["step"]
+                yield offset, line
+
+
+def _is_of_run(line: Any, after: int) -> bool:
+    """Whether it is a line of metrics.jsonl that may follow that of iteration `after`."""
+    return isinstance(line, dict) and all(type(value) in (int, float) for value in line.values()) and \
+        all(type(line.get(name)) is int and line[name] < 2**63 for name in ("step", "timestamp")) and line["step"] > after
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """Every whole line of metrics.jsonl; a torn last line, as a killed run leaves it, is not one."""
-    path = run_dir / METRICS
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    """Every whole line of metrics.jsonl; raises InputError as `read_lines` does."""
+    return [line for _, line in read_lines(run_dir)]
 
 
 class Recorder:
@@ -134,10 +173,10 @@ def summarise(lines: list[dict], threshold: float) -> dict:
     validated = next((line for line in reversed(lines) if "loss/val" in line), {})
     return {
         "iterations": lines[-1]["step"] if lines else 0,
-        "alpha_first": lines[0]["rates/alpha"] if lines else None,
-        "alpha_last": lines[-1]["rates/alpha"] if lines else None,
-        "beta_first": lines[0]["rates/beta"] if lines else None,
-        "beta_last": lines[-1]["rates/beta"] if lines else None,
+        "alpha_first": lines[0].get("rates/alpha") if lines else None,  # left out of a line where it is not finite
+        "alpha_last": lines[-1].get("rates/alpha") if lines else None,
+        "beta_first": lines[0].get("rates/beta") if lines else None,
+        "beta_last": lines[-1].get("rates/beta") if lines else None,
         "loss_first": mean_of(lines[:20], "loss/train"),
         "loss_last": mean_of(lines[-20:], "loss/train"),
         "val_loss": validated.get("loss/val"),

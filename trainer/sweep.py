@@ -54,7 +54,7 @@ def cells(base: Config, grids: list[str], seeds: int, folder: Path) -> list[Cell
     found = axes(grids)
     if "seed" in found and seeds > 1:
         raise InputError("--seeds: the grid has values for seed already; drop one of the two")
-    found.setdefault("seed", [base.seed + i for i in range(seeds)])
+    found.setdefault("seed", [configuration.checked("seed", base.seed + i, "with --seeds") for i in range(seeds)])
     made = []
     for values in itertools.product(*found.values()):
         config = base

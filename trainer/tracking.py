@@ -17,12 +17,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.errors import InputError, say
 from trainer import comparison, spool
 from trainer.config import build, flat_values
 from trainer.keys import Config
@@ -49,6 +50,7 @@ class Sender:
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
+        read_state(run_dir)  # raises InputError now, and not after the training
         with (run_dir / "tracking.log").open("ab") as log:
             # A session of its own: Ctrl-C at the terminal is for the trainer, and the sender outlives it by one shipment.
             self.process = subprocess.Popen([sys.executable, "-m", "trainer.tracking", str(run_dir)], stdin=subprocess.PIPE,
@@ -65,13 +67,20 @@ class Sender:
         state = read_state(self.run_dir)
         if state.get("complete"):
             return None
-        unsent = sum(1 for _ in _lines(self.run_dir / spool.METRICS, state.get("offset", 0)))
+        unsent = sum(1 for _ in spool.read_lines(self.run_dir, state.get("offset", 0)))
         return (f"MLflow lacks the last {unsent} iterations or the run's end (see {self.run_dir / 'tracking.log'}); ship them "
                 f"with: alpha-maml sync --run_dir {self.run_dir}")
 
 
 def read_state(run_dir: Path) -> dict:
-    return spool.read_json(run_dir / STATE)
+    """What the sender remembers of a run, {} before it has begun; raises InputError where that is damaged."""
+    state = spool.read_json(run_dir / STATE)
+    offset, size = state.get("offset", 0), (run_dir / spool.METRICS).stat().st_size if state.get("offset") else 0
+    if type(offset) is not int or not 0 <= offset <= size or \
+            any(not isinstance(state.get(name, ""), str) for name in ("run_id", "experiment_id")):
+        raise InputError(f"run_dir: {run_dir / STATE} is damaged, or of another run; remove it, and alpha-maml sync makes a new "
+                         "MLflow run of the folder")
+    return state
 
 
 def link(config: Config, run_dir: Path) -> str:
@@ -154,6 +163,8 @@ def ship(run_dir: Path, ended: Callable[[], bool], patience: float) -> dict:
                     time.sleep(POLL)
                 shipment.points()
                 return shipment.finish()
+            except InputError:  # no patience mends the folder
+                raise
             except Exception as error:  # whatever the store or the way to it does, the points stay in the folder
                 if ended():
                     deadline = deadline or time.monotonic() + patience
@@ -239,7 +250,7 @@ class Shipment:
         from mlflow.entities import Metric
 
         batch: list[Metric] = []
-        for end, line in _lines(self.run_dir / spool.METRICS, self.state["offset"]):
+        for end, line in spool.read_lines(self.run_dir, self.state["offset"]):
             step, timestamp = line.pop("step"), line.pop("timestamp")
             batch += [Metric(name, value, timestamp, step) for name, value in line.items()]
             reached = end
@@ -282,19 +293,6 @@ class Shipment:
         return self.state
 
 
-def _lines(path: Path, offset: int) -> Iterator[tuple[int, dict]]:
-    """(end of line, line) for every whole line of a JSON-lines file from a byte on."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            yield offset, json.loads(line)
-
-
 def _initialised(uri: str):
     """Holds the lock under which an sqlite store is created: processes that race for it break it."""
     from contextlib import nullcontext
@@ -328,7 +326,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals all processes of a job: the trainer's end is what counts
     closed = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), closed.set()), daemon=True).start()
-    ship(Path(sys.argv[1]), closed.is_set, patience=600)
+    try:
+        ship(Path(sys.argv[1]), closed.is_set, patience=600)
+    except InputError as error:
+        say(str(error))
+        sys.exit(2)
 
 
 if __name__ == "__main__":
