@@ -124,7 +124,8 @@ def _listed(root: Path, lists: dict[str, Path], notes: list[Note]) -> list[Class
                 raise InputError(f"data.root: {path}, row {number} has {len(row)} columns, not filename and label; correct it")
             label = row[1] if by_image else row[0].strip()
             if os.path.normpath(row[0].strip()).split(os.sep)[0] in ("..", ".", "") or not row[0].isprintable():
-                raise InputError(f"data.root: {path}, row {number} names {row[0]!r}, which must be a path below the root; correct it")
+                raise InputError(f"data.root: {path}, row {number} names {row[0]!r}, which must be a path below the root; "
+                                 "correct it")
             if seen.setdefault(label, split) != split:
                 raise InputError(f"data.root: class {label!r} is in {lists[seen[label]].name} and in {path.name}; a class "
                                  "belongs to one split, remove it from the other")

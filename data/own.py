@@ -40,8 +40,8 @@ def imported(name: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the user's code
-        raise InputError(f"data.name: {name!r} cannot be imported ({type(error).__name__}: {error}); it must be package.module:Class and on "
-                         "PYTHONPATH") from None
+        raise InputError(f"data.name: {name!r} cannot be imported ({type(error).__name__}: {error}); it must be "
+                         "package.module:Class and on PYTHONPATH") from None
 
 
 def built(name: str, args: dict[str, Any]) -> Any:

@@ -86,6 +86,33 @@ def test_a_state_of_another_shape_is_refused(tmp_path: Path):
         checkpoint.load(tmp_path / "00000001", state)
 
 
+def test_a_state_of_another_dtype_is_refused(tmp_path: Path):
+    state = save(tmp_path, 1)
+    state["theta.a.bias"] = state["theta.a.bias"].double()
+    with pytest.raises(InputError, match="theta.a.bias with shape .3. of torch.float32"):
+        checkpoint.load(tmp_path / "00000001", state)
+
+
+@pytest.mark.parametrize("how", ("sealed", "of another", "endless", "deep", "no files", "no iteration", "renamed"))
+def test_a_checkpoint_that_is_none_is_passed_over(how: str, tmp_path: Path):
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    path = tmp_path / "00000002"
+    manifest, facts = path / checkpoint.MANIFEST, checkpoint.facts(path)
+    if how == "sealed":  # with the right digest
+        (path / checkpoint.TENSORS).write_bytes(b"\0" * 100)
+        facts["files"] = {checkpoint.TENSORS: checkpoint._digest(path / checkpoint.TENSORS)}
+    elif how == "renamed":
+        path.rename(tmp_path / "00000003")
+        manifest = tmp_path / "00000003" / checkpoint.MANIFEST
+    else:
+        facts = {"of another": facts | {"iteration": 7}, "endless": facts | {"files": {"/dev/zero": "x"}}, "deep": facts,
+                 "no files": {"iteration": 2}, "no iteration": {"files": facts["files"]}}[how]
+    manifest.write_text("[" * 100_000 if how == "deep" else json.dumps(facts))
+    found, (complaint,) = checkpoint.newest(tmp_path)
+    assert found.name == "00000001" and "using the one before" in complaint
+
+
 def test_a_save_killed_before_its_end_leaves_no_checkpoint(tmp_path: Path, monkeypatch):
     save(tmp_path, 1)
 

@@ -9,7 +9,7 @@ import yaml
 from processes import ROOT
 
 from data.errors import InputError
-from trainer.config import build, run_dir, to_yaml, trajectory
+from trainer.config import build, of_run, run_dir, to_yaml, trajectory
 from trainer.keys import Config, keys
 
 
@@ -76,6 +76,19 @@ WRONG = {  # YAML: what its line must name
     "rates: {": ("YAML", "line"),
     "- a\n- b": ("list", "mapping"),
     "a: !!python/object/apply:os.system ['true']": ("YAML",),
+    "seed: !!int ''": ("YAML", "correct it"),
+    "seed: !!bool x": ("YAML", "correct it"),
+    f"seed: 0x{'f' * 5000}": ("seed", "whole number"),
+    "task: {batch: 10000000000}": ("task.batch", "10^9"),
+    "engine: {timeout: 1e300}": ("engine.timeout", "10^7"),
+    "data: {args: {day: 2020-01-01}}": ("data.args", "mapping"),
+    "data: {args: {1: 2}}": ("data.args", "mapping"),
+    "model: {args: {x: .nan}}": ("model.args", "mapping"),
+    "model: {args: {x: 18446744073709551616}}": ("model.args", "mapping"),
+    "model: {args: &a {x: *a}}": ("YAML", "alias"),
+    '"rates.alpha\\n": 1': (r"rates.alpha\n: no such key",),
+    f"rates: {'x' * 10_000}": ("rates", "section"),
+    "tracking: {uri: 'http://user:hush@host'}": ("tracking.uri", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD"),
     "1: 2": ("1", "no such key"),
     "? {a: 1}\n: 2": ("YAML",),
 }
@@ -115,3 +128,36 @@ def test_the_folder_follows_what_decides_theta_and_nothing_else():
 
 def test_yaml_of_a_configuration_is_plain():
     assert yaml.safe_load(to_yaml(Config())) == asdict(Config())
+
+
+def test_anchors_and_merges_mean_what_they_say(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("model: {args: &a {x: 1, y: 2}}\ndata: {args: {<<: *a, y: 3}}\nrates: &r {alpha: 0.5}\n")
+    config = build(tmp_path / "c.yaml", {})
+    assert config.model.args == {"x": 1, "y": 2} and config.data.args == {"x": 1, "y": 3} and config.rates.alpha == 0.5
+
+
+@pytest.mark.parametrize("form", ("[{}]", "{{<<: [{}]}}"))
+def test_a_bomb_of_aliases_or_merges_does_not_go_off(form: str, tmp_path: Path):
+    """Nine references to the level before, over twenty levels."""
+    lines = ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} " + form.format(", ".join([f"*a{i - 1}"] * 9)) for i in range(1, 20)]
+    (tmp_path / "c.yaml").write_text("data:\n args:\n" + "".join(f"  {line}\n" for line in lines))
+    with pytest.raises(InputError, match="more than 10000 values"):
+        build(tmp_path / "c.yaml", {})
+
+
+@pytest.mark.parametrize("uri", ("http://user:hush@127.0.0.1:5000", "postgresql://me:hush@host/db", "mysql://host/db?password=hush"))
+def test_a_password_is_refused_and_never_shown(uri: str, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text(f"tracking: {uri}\n")
+    for make in (lambda: build(None, {"tracking.uri": uri}), lambda: build(tmp_path / "c.yaml", {}),
+                 lambda: build(None, {"tracking.url": uri}), lambda: build(None, {"seed": uri})):
+        with pytest.raises(InputError) as caught:
+            make()
+        assert "hush" not in str(caught.value)
+    for plain in ("http://127.0.0.1:5000", "postgresql://me@host/db", "sqlite:////a:b/c@d.db", "disabled"):
+        assert build(None, {"tracking.uri": plain}).tracking.uri == plain
+
+
+def test_a_path_that_no_file_system_has_is_one_line(tmp_path: Path):
+    for read in (lambda: build(tmp_path / ("x" * 300), {}), lambda: of_run(tmp_path / ("x" * 300), {})):
+        with pytest.raises(InputError, match="cannot be read .File name too long"):
+            read()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -163,6 +164,14 @@ def archive(path: Path, entries: dict[str, bytes]) -> None:
             file.writestr(name, content)
 
 
+def damaged(path: Path) -> bytes:
+    """An archive whose first entry is no deflated stream."""
+    archive(path, {"a/b/1.png": png()})
+    content = path.read_bytes()
+    start = 30 + len("a/b/1.png")
+    return content[:start] + b"\xff" * 8 + content[start + 8:]
+
+
 DAMAGE = {
     "missing": (lambda p: p.unlink(), "does not exist"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), "not a whole Omniglot archive"),
@@ -172,6 +181,8 @@ DAMAGE = {
     "few drawings": (lambda p: archive(p, {f"a/b/{i}.png": png() for i in range(19)}), "19 drawings of a/b, not 20"),
     "no pictures": (lambda p: archive(p, {"a/b/1.png": b"not a picture"}), "not a whole Omniglot archive"),
     "other sizes": (lambda p: archive(p, {"a/b/1.png": png((106, 105))}), "106 x 105, not 105 x 105"),
+    "damaged": (lambda p: p.write_bytes(damaged(p)), "not a whole Omniglot archive"),
+    "huge": (lambda p: os.truncate(p, 2**40), "1099511627776 bytes, Omniglot's have fewer"),
     "a bomb": (lambda p: archive(p, {"a/b/1.png": bytes(10**8)}), "100000000 bytes"),
 }
 
@@ -189,6 +200,12 @@ def test_wrong_archives_are_one_line(damage: str, omniglot_root: str, tmp_path: 
         load_images(str(tmp_path), tmp_path / "cache")
     assert "data.root" in str(caught.value) and "\n" not in str(caught.value) and "fetch both archives" in str(caught.value)
     assert not list((tmp_path / "cache").glob("*.npy*")), "nothing under the final name"
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path):
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(InputError, match="data.root: .*cache cannot be read .File exists"):
+        load_images(None, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("sizes", "words"), (((101, 1, 1), "task.ways: 101"), ((5, 11, 10), "task.shots .* 11 \\+ 10")))

@@ -17,6 +17,7 @@ from test_cli import wrong
 from test_data import same
 
 from data import images, store
+from data.errors import InputError
 from data.folder import Folder, find
 from data.tasks import SPLITS, TaskSizes
 from trainer import load, spool
@@ -120,6 +121,30 @@ def test_folders_in_folders_hidden_ones_and_links(tmp_path: Path):
     classes, notes = find(tmp_path / "root")
     assert sorted(c.name for c in classes) == ["alphabet/c000", "alphabet/c001", "linked"]
     assert [path for path, _, _ in notes] == ["alphabet/c000/gone.png"]
+
+
+def test_links_among_folders_are_followed_once(tmp_path: Path):
+    """Twelve folders, each with links to all: a walk along every path would not end."""
+    root = class_folders(tmp_path / "root", 12, 1)
+    for a in sorted(root.iterdir()):
+        for b in sorted(root.iterdir()):
+            (a / f"to_{b.name}").symlink_to(b)
+    classes, _ = find(root)
+    assert sum(len(c.files) for c in classes) == 12
+
+
+@pytest.mark.parametrize("row", ("../outside", "/etc", "a/../../outside", ".", ""))
+def test_lists_name_nothing_outside_the_root(row: str, tmp_path: Path):
+    class_folders(tmp_path / "root", 3, 1)
+    picture(tmp_path / "outside/0.png", 0)
+    for split, name in zip(SPLITS, (row, "c001", "c002")):
+        (tmp_path / f"root/{split}.csv").write_text(f"{name},x\n")
+    with pytest.raises(InputError, match="train.csv, row 1 names .* which must be a path below the root"):
+        find(tmp_path / "root")
+    for split, name in zip(SPLITS, (f"../{row}/0.png", "c001", "c002")):
+        (tmp_path / f"root/{split}.csv").write_text(f"filename,label\n{name},{split}\n")
+    with pytest.raises(InputError, match="train.csv, row 2 names"):
+        find(tmp_path / "root")
 
 
 def test_a_folder_for_each_split(tmp_path: Path):

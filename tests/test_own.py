@@ -121,8 +121,14 @@ class Alone(Waves):
         return np.zeros((len(places), 1))
 
 
+class Odd:
+    def __init__(self):
+        raise KeyError("anything")
+
+
 @pytest.mark.parametrize(("name", "sizes", "args", "words"), (
     ("Nothing", (5, 1, 1), {}, "data.name: 'test_own:Nothing' cannot be imported"),
+    ("Odd", (5, 1, 1), {}, "data.args: test_own:Odd cannot be built from {} .KeyError"),
     ("Waves", (1, 1, 1), {}, "data.args: test_own:Waves cannot be built from {}"),
     ("Unready", (5, 1, 1), {}, "data.name: test_own:Unready has no read"),
     ("Few", (4, 1, 2), {}, r"task.ways: 4 is more than the 3 classes of split train that have the 3 examples"),
@@ -137,6 +143,12 @@ def test_what_is_wrong_is_one_line(name: str, sizes: tuple, args: dict, words: s
     with pytest.raises(InputError, match=words) as caught:
         own(name, TaskSizes(*sizes), args, warn=lambda line: None).batch("train", 0, torch.arange(2))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ("..a:b", ":b", "a:", "os:sep", "math:pi"))
+def test_what_is_no_class_is_one_line(name: str):
+    with pytest.raises(InputError, match="data.name|data.args"):
+        Own(name, {}, TaskSizes(5, 1, 1), 0, torch.float32, torch.device("cpu"), print)
 
 
 def test_a_wrong_data_set_ends_the_command_with_2(tmp_path: Path):

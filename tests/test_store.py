@@ -205,6 +205,12 @@ def test_a_damaged_chunk_of_an_unfinished_store_is_decoded_again(tmp_path: Path,
     assert (partial / "images.u8").read_bytes() == content
 
 
+@pytest.mark.parametrize("line", (b"[]", b"{}", b"1", b"\xff", b'{"bytes": -1, "results": []}', b'{"bytes": 2, "results": 1}'))
+def test_a_journal_of_anything_is_begun_anew(line: bytes, tmp_path: Path):
+    (tmp_path / "journal.jsonl").write_bytes(line + b"\n")
+    assert store._whole_chunks(tmp_path) == []
+
+
 def test_two_processes_share_one_store(many: Path, tmp_path: Path):
     both = [start(many, tmp_path) for _ in range(2)]
     (first, one), (second, other) = (process.communicate(timeout=120) for process in both)

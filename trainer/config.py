@@ -12,14 +12,13 @@ import math
 import reprlib
 import types
 import typing
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from data.errors import PASSWORD, InputError, one_line, reading
+from data.errors import InputError, one_line, reading
 from trainer.keys import Config, keys, spelled
 
 IMAGE_MODELS = ("conv4", "conv4_pooled", "resnet12")
@@ -52,7 +51,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, str) or (isinstance(value, float) and math.isfinite(value)) or (
+            isinstance(value, int) and abs(value) < 2**64):
         return value
     raise ValueError
 
@@ -69,9 +69,6 @@ def checked(name: str, value: Any, where: str) -> Any:
         raise InputError(f"{name}: no such key ({where}); " + (f"did you mean {close[0]}?" if close else
                          "`alpha-maml train --help` lists all"))
     item, kind = table[name]
-    if name == "tracking.uri" and isinstance(value, str) and PASSWORD.search(value):
-        raise InputError(f"tracking.uri: holds a password, which would stay in the run's files; leave it out ({where}) and set "
-                         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or what a database's driver reads, as PGPASSWORD")
     shown = _shown(value)
     try:
         value = _converted(value, kind)
@@ -84,7 +81,10 @@ def checked(name: str, value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = one_line(value) if isinstance(value, str) else reprlib.repr(value)
+    try:
+        text = one_line(value) if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:  # Python does not write it
+        text = "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -100,15 +100,21 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if alias and node not in self.sizes:
             raise yaml.MarkedYAMLError(problem="an alias stands for what it is in", problem_mark=mark)
-        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
-            names = Counter(name.value for name, _ in inner if isinstance(name, yaml.ScalarNode) and not name.tag.endswith(":merge"))
-            if names and not alias and max(names.values()) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {names.most_common(1)[0][0]} stands twice", problem_mark=mark)
-            inner = [part for pair in inner for part in pair]
-        self.sizes[node] = 1 + sum(self.sizes[part] for part in inner)
+            parts = [part for pair in parts for part in pair]
+        self.sizes[node] = 1 + sum(self.sizes[part] for part in parts)
         if self.sizes[node] > NODES:
             raise yaml.MarkedYAMLError(problem=f"it holds more than {NODES} values", problem_mark=mark)
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
+                if name.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {name.value} stands twice", problem_mark=name.start_mark)
+                seen.add(name.value)
         return node
 
 

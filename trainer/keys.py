@@ -8,12 +8,19 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from data.errors import PASSWORD
+
 Rule = tuple[Callable[[Any], bool], str]
 POSITIVE: Rule = (lambda v: v > 0, "must be greater than 0")
 NOT_NEGATIVE: Rule = (lambda v: v >= 0, "must be 0 or more")
 AT_LEAST_ONE: Rule = (lambda v: 1 <= v <= 10**9, "must be 1 or more, and 10^9 at most")
 SECONDS: Rule = (lambda v: 0 < v <= 10**7, "must be greater than 0, and 10^7 at most")
 NOT_EMPTY: Rule = (lambda v: v != "" and v.isprintable(), "must be printable text, not empty")
+
+NO_PASSWORD: Rule = (
+    lambda v: NOT_EMPTY[0](v) and not PASSWORD.search(v),
+    "must be printable text without a password, which would stay in the run's files (set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD; for a database what its driver reads, as PGPASSWORD)")
 
 
 def key(default: Any, meaning: str, rule: Rule | None = None) -> Any:
@@ -121,7 +128,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Tracking:
-    uri: str | None = key(None, "MLflow store; null is mlflow.db beside the run's folder; disabled is none", NOT_EMPTY)
+    uri: str | None = key(None, "MLflow store; null is mlflow.db beside the run's folder; disabled is none", NO_PASSWORD)
     experiment: str = key("alpha-maml", "MLflow experiment", NOT_EMPTY)
     sweep: str | None = key(None, "tag that the runs of one sweep share", NOT_EMPTY)
     timeout: float = key(30.0, "longest wait in seconds for the store at the end of a run", NOT_NEGATIVE)

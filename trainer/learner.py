@@ -136,15 +136,17 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
     model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
                          config.model.args)
     needed = dict(model.named_parameters())
-    if any(name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point() for name, p in needed.items()):
+    if any(name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point()
+           for name, p in needed.items()):
         raise InputError(f"run_dir: {path} does not hold the parameters of model.name {config.model.name}; use the code that "
                          "the run was trained with")
     theta = {name: theta[name].to(device, dtype) for name in needed}
     apply = models.function(model.to(device, dtype), training=False)
     learner = Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
-    if learner.alpha.shape != inner.alpha_sizes(learner.loop, theta):
+    sizes = inner.alpha_sizes(learner.loop, theta)
+    if alpha.shape != sizes:
         raise InputError(f"run_dir: {path} holds an alpha of shape {list(alpha.shape)}, rates.alpha_shape "
-                         f"{config.rates.alpha_shape} has {list(inner.alpha_sizes(learner.loop, theta))}; use the file as it was written")
+                         f"{config.rates.alpha_shape} has {list(sizes)}; use the file as it was written")
     return learner
 
 

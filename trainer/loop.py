@@ -208,7 +208,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
 
 def begin(folder: Path, config: Config, problem: Problem, iteration: int) -> None:
     """Leaves in the run's folder what it is and that it runs."""
-    (folder / "config.yaml").write_text(to_yaml(config))
+    spool.write_text(folder / "config.yaml", to_yaml(config))
     spool.write_json(folder / "status.json", {
         "status": "RUNNING", "world_size": problem.world.size, "host": platform.node(), "resumed_at": iteration,
         "data": problem.source.identity()})

@@ -39,11 +39,15 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old content or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -80,8 +84,8 @@ def read_lines(run_dir: Path, offset: int = 0) -> Iterator[tuple[int, dict]]:
                     return
                 line = _json(text)
                 if not _is_of_run(line, step):
-                    raise InputError(f"run_dir: {path} is damaged at byte {offset} (not the line of an iteration after {step}); "
-                                     "remove what does not belong there, or choose another run_dir")
+                    raise InputError(f"run_dir: {path} is damaged at byte {offset} (not the line of an iteration after {step}"
+                                     "); remove what does not belong there, or choose another run_dir")
                 offset, step = offset + len(text), line["step"]
                 yield offset, line
 

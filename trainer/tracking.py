@@ -78,8 +78,8 @@ def read_state(run_dir: Path) -> dict:
     offset, size = state.get("offset", 0), (run_dir / spool.METRICS).stat().st_size if state.get("offset") else 0
     if type(offset) is not int or not 0 <= offset <= size or \
             any(not isinstance(state.get(name, ""), str) for name in ("run_id", "experiment_id")):
-        raise InputError(f"run_dir: {run_dir / STATE} is damaged, or of another run; remove it, and alpha-maml sync makes a new "
-                         "MLflow run of the folder")
+        raise InputError(f"run_dir: {run_dir / STATE} is damaged, or of another run; remove it, and alpha-maml sync makes a "
+                         "new MLflow run of the folder")
     return state
 
 

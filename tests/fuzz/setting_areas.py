@@ -60,7 +60,7 @@ def documents(draw) -> str:
         if isinstance(place, dict):
             place[leaf if place is not content else name] = draw(fitting(name) if name in NAMES and draw(st.integers(0, 3)) else VALUES)
     text = dumped(content)
-    damage = draw(st.sampled_from(("none",) * 12 + ("twice", "anchor", "merge", "itself", "bomb", "merge bomb", "deep", "tag", "cut", "text")))
+    damage = draw(st.sampled_from(("none",) * 12 + ("twice", "anchor", "merge", "itself", "bomb", "merge bomb", "deep", "tag", "digits", "cut", "text")))
     if damage == "twice":
         text += text
     elif damage == "anchor":
@@ -77,6 +77,8 @@ def documents(draw) -> str:
         text += "\nmodel: {args: " + "[" * 5000
     elif damage == "tag":
         text += f"\nseed: !!{draw(st.sampled_from(('int', 'float', 'bool', 'timestamp', 'binary', 'null', 'set', 'omap', 'map', 'python/name:os.system')))} {draw(st.sampled_from(('', 'x', '-', '0x')))}\n"
+    elif damage == "digits":
+        text += draw(st.sampled_from(("\nseed: {}\n", "\nmodel: {{args: {{x: {}}}}}\n", "\n{}: 1\n"))).format(f"0x{'f' * 5000}")
     elif damage == "cut":
         text = text[:draw(st.integers(0, len(text)))]
     elif damage == "text":

@@ -1,0 +1,27 @@
+"""What is said to the user: one line, without what is secret."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError, reading, say
+
+
+@pytest.mark.parametrize(("text", "line"), (
+    ("a\nb\x1b[31m", r"a\nb\x1b[31m"), ("\u202eabc", r"\u202eabc"), ("\udc80", r"\udc80"), ("é 字", "é 字"),
+    ("http://me:hush@host/x", "http://***host/x"), ("http://127.0.0.1:5000/a", "http://127.0.0.1:5000/a"),
+))
+def test_a_line_is_one_line_whatever_it_quotes(text: str, line: str, capsys):
+    assert str(InputError(text)) == line
+    say(text)
+    assert capsys.readouterr().err == f"alpha-maml: {line}\n"
+
+
+def test_a_line_has_an_end():
+    assert len(str(InputError("x" * 10**6))) < 2100
+
+
+def test_what_hinders_reading_is_about_the_key(tmp_path: Path):
+    with pytest.raises(InputError, match="data.root: .*none cannot be read .No such file"), reading("data.root"):
+        (tmp_path / "none").read_text()

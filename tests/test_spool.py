@@ -1,0 +1,53 @@
+"""The run's folder when what is in it is damaged, or another run's."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import wrong
+
+from data.errors import InputError
+from trainer import spool
+
+
+def line(number: int, **values: object) -> bytes:
+    return json.dumps({"step": number, "timestamp": 1, "loss/train": 0.5} | values).encode() + b"\n"
+
+
+def test_a_torn_end_is_left_out_and_any_byte_can_be_the_start(tmp_path: Path):
+    (tmp_path / spool.METRICS).write_bytes(line(1) + line(2) + line(3)[:-5])
+    assert [found["step"] for found in spool.read_metrics(tmp_path)] == [1, 2]
+    assert list(spool.read_lines(tmp_path, len(line(1)))) == [(2 * len(line(1)), json.loads(line(2)))]
+
+
+@pytest.mark.parametrize("second", (
+    b"{\n", b"[]\n", b"\xff\n", b"[" * 100_000 + b"\n", b"\n", line(1), line(0), line(2)[:9] + line(2), line(2, step=None),
+    line(2, step=1.5), line(2, step=2**63), line(2, timestamp="now"), line(2, name="text"), line(2, name=True),
+    line(2, name=[1])),
+    ids=lambda content: repr(content[:40]))
+def test_a_line_that_is_none_of_the_run_is_named(second: bytes, tmp_path: Path):
+    (tmp_path / spool.METRICS).write_bytes(line(1) + second + line(3))
+    with pytest.raises(InputError, match=f"run_dir: .*metrics.jsonl is damaged at byte {len(line(1))} "):
+        spool.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("content", (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000), ids=lambda content: repr(content[:9]))
+def test_a_damaged_file_is_named(content: bytes, tmp_path: Path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match="x.json is damaged; restore it, or remove it"):
+        spool.read_json(tmp_path / "x.json")
+    assert spool.read_json(tmp_path / "none.json") == {}
+
+
+def test_a_rate_that_is_not_finite_has_no_figure():
+    """A line leaves it out."""
+    lines = [{"step": 1, "rates/alpha": 0.1, "rates/beta": 0.1}, {"step": 2, "rates/beta": 0.2}]
+    summary = spool.summarise(lines, 1.0)
+    assert summary["alpha_first"] == 0.1 and summary["alpha_last"] is None and summary["beta_last"] == 0.2
+
+
+def test_a_run_with_another_runs_lines_is_left_as_it_is(tmp_path: Path):
+    (tmp_path / spool.METRICS).write_bytes(line(1) + line(2) + line(1) + line(2))
+    assert "metrics.jsonl is damaged" in wrong("train", "--tracking.uri", "disabled", "--iterations", 3, "--run_dir", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
