@@ -85,10 +85,20 @@ def test_a_regression_learns_its_curve(curves: Path):
     ((np.full((2, 1, 28, 28), "a"), [0, 1]), "must hold numbers"),
     ((np.zeros((2, 1, 28, 28)), [1, 1]), "holds 1 classes"),
     ((np.zeros((6, 1, 28, 28)), range(6)), "holds 6 classes, the run was trained for 5"),
+    ((np.zeros((2, 1, 28, 28)), [[0, 1], [1, 0]]), r"support_y has shape \(2, 2\), it must be \[n\]"),
+    ((np.zeros((2, 1, 28, 28)), 3), "support_y has 0 entries"),
+    ((np.full((2, 1, 28, 28), 1e300), [0, 1]), "not finite"),
 ))
 def test_wrong_examples_are_value_errors(arguments: tuple, words: str, trained: Path):
     with pytest.raises(ValueError, match=words):
         load(trained).fit(arguments[0], np.array(arguments[1]))
+
+
+@pytest.mark.parametrize("kind", (">f4", "g", "f2", "u2", "?"))
+def test_numbers_of_any_kind_are_numbers(kind: str, curves: Path):
+    x = np.arange(6)[:, None]
+    expected = load(curves).fit((x % 2).astype("f8"), x).predict(x)
+    assert np.array_equal(load(curves).fit((x % 2).astype(kind), x).predict(x), expected)
 
 
 def test_predict_before_fit_and_folders_that_are_no_runs(trained: Path, tmp_path: Path):
@@ -185,6 +195,13 @@ def test_ten_malformed_inputs_get_one_line_each(trained: Path, curves: Path, dra
     (tmp_path / "no.npz").write_bytes(b"no archive")
     np.savez(tmp_path / "no_x.npz", y=[1])
     np.savez(tmp_path / "objects.npz", x=np.array([{}, {}], dtype=object))
+    with zipfile.ZipFile(tmp_path / "vast.npz", "w") as archive:  # a header that claims 80 TB
+        head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,), }".ljust(117) + b"\n"
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head)
+    np.savez_compressed(tmp_path / "deflated.npz", x=np.arange(1000.0))
+    content = bytearray((tmp_path / "deflated.npz").read_bytes())
+    content[60:80] = b"\xff" * 20
+    (tmp_path / "deflated.npz").write_bytes(content)
     np.savez(tmp_path / "uneven.npz", x=np.zeros((2, 1, 28, 28)), y=[1])
     np.savez(tmp_path / "shape.npz", x=np.zeros((2, 3, 28, 28)), y=[1, 2])
     cases = (
@@ -195,6 +212,8 @@ def test_ten_malformed_inputs_get_one_line_each(trained: Path, curves: Path, dra
         (trained, tmp_path / "flat", query, "has no labels"),
         (trained, tmp_path / "no.npz", query, "cannot be read as an .npz archive"),
         (trained, tmp_path / "no_x.npz", query, "has no array x"),
+        (trained, tmp_path / "vast.npz", query, "cannot be read as an .npz archive"),
+        (trained, tmp_path / "deflated.npz", query, "cannot be read as an .npz archive"),
         (trained, support, tmp_path / "objects.npz", "cannot be read as an .npz archive"),
         (trained, tmp_path / "uneven.npz", query, "give one y for each x"),
         (trained, tmp_path / "shape.npz", query, "support_x has shape (2, 3, 28, 28)"),

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from processes import free_port, run, succeed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import models
 from data.errors import InputError
@@ -67,6 +68,17 @@ def test_what_is_no_export_is_one_line(curve: Path, tmp_path: Path):
         if content is not None:
             file.write_bytes(content)
         with pytest.raises(InputError, match="is not a whole file of `alpha-maml export`"):
+            load(file)
+    with safetensors.safe_open(curve / "model.safetensors", "pt") as saved:
+        facts, theta = saved.metadata(), load_file(curve / "model.safetensors")
+    for changed, tensors, words in (
+            ({"alpha": '{"a": 1}'}, theta, "is not a whole file"), ({"alpha": "[" * 100_000}, theta, "is not a whole file"),
+            ({"alpha": "[1, 2]"}, theta, "alpha of shape .2., rates.alpha_shape scalar has .."),
+            ({"config": "[]"}, theta, "is not a whole file"),
+            ({"config": '{"seed": null}'}, theta, "seed: 'None' must be a whole number"),
+            ({}, {name: t.reshape(-1) for name, t in theta.items()}, "does not hold the parameters")):
+        file.write_bytes(save(tensors, facts | changed))
+        with pytest.raises(InputError, match=words):
             load(file)
     for arguments, words in ((("--run_dir", tmp_path), "is not a run's folder"),
                              (("--run_dir", curve, "--out", tmp_path / "a.pt"), "must end in .safetensors"),

@@ -1,12 +1,16 @@
 """MLflow: everything that was recorded arrives in a real store, whatever the store does meanwhile."""
 from __future__ import annotations
 
+import base64
 import sqlite3
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from conftest import Server, started
 from processes import ROOT, run, succeed
+from test_cli import wrong
 
 from trainer import spool, tracking
 
@@ -113,6 +117,61 @@ def test_runs_that_start_at_once_share_a_fresh_store(tmp_path: Path, background)
     assert stored(tmp_path / "mlflow.db") == set().union(*(recorded(tmp_path / f"run{i}") for i in range(3)))
     assert status(tmp_path / "mlflow.db") == ["FINISHED"] * 3
     assert len(rows(tmp_path / "mlflow.db", "select * from experiments where name = 'alpha-maml'")) == 1
+
+
+def test_an_untracked_run_and_a_damaged_state_are_one_line(tmp_path: Path):
+    folder = tmp_path / "run"
+    succeed(*QUICK, "--run_dir", folder, "--iterations", 2, "--tracking.uri", "disabled")
+    assert "tracking.uri: disabled" in wrong("sync", "--run_dir", folder)
+    config = (folder / "config.yaml").read_text().replace("disabled", f"sqlite:///{tmp_path}/mlflow.db")
+    (folder / "config.yaml").write_text(config)
+    for state in ("{", "[]", '{"offset": -1}', '{"offset": 1000000}', '{"offset": true}', '{"run_id": 3}'):
+        (folder / "tracking.json").write_text(state)
+        assert "tracking.json is damaged" in wrong("sync", "--run_dir", folder)
+    (folder / "tracking.json").unlink()
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"{}\n")
+    result = run("sync", "--run_dir", folder)
+    assert result.returncode == 2 and "metrics.jsonl is damaged" in result.stderr.splitlines()[-1], "no patience mends that"
+
+
+class Locked(BaseHTTPRequestHandler):
+    """A server that lets nobody in, and keeps what it was shown."""
+
+    shown: set[str] = set()
+
+    def do_GET(self) -> None:
+        self.shown.add(self.headers.get("Authorization", ""))
+        self.send_error(401)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_password_comes_from_the_environment_and_stays_there(tmp_path: Path, background):
+    """It reaches the server, and no file of the run, no output."""
+    secret, folder = "hush4711", tmp_path / "run"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Locked)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"127.0.0.1:{server.server_port}"
+    line = wrong(*QUICK, "--run_dir", folder, "--tracking.uri", f"http://user:{secret}@{uri}")
+    assert "MLFLOW_TRACKING_PASSWORD" in line and secret not in line and not folder.exists()
+    process = background(*QUICK, "--run_dir", folder, "--iterations", 100_000, "--tracking.uri", f"http://{uri}",
+                         "--tracking.timeout", 0, MLFLOW_TRACKING_USERNAME="user", MLFLOW_TRACKING_PASSWORD=secret)
+    expected, end = base64.b64encode(f"user:{secret}".encode()).decode(), time.monotonic() + 120
+    while f"Basic {expected}" not in Locked.shown and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143 and f"Basic {expected}" in Locked.shown
+    server.shutdown()
+    server.server_close()
+    said = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "tracking.log", "output.0"} <= {path.name for path in said}
+    for path in said:
+        for hidden in (secret, expected):
+            assert hidden.encode() not in path.read_bytes(), path
 
 
 def test_only_tracking_imports_mlflow():

@@ -63,6 +63,7 @@ def save(folder: Path, iteration: int, state: dict[str, Tensor], about: dict, ke
     safetensors.torch.save_file({name: t.contiguous() for name, t in state.items()}, partial / TENSORS)
     manifest = {"iteration": iteration, "files": {TENSORS: _digest(partial / TENSORS)}, **about}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    shutil.copymode(partial / MANIFEST, partial / TENSORS)  # the user's umask, where safetensors makes it the owner's alone
     for path in partial.iterdir():
         _sync(path)
     _sync(partial)

@@ -50,6 +50,8 @@ class Learner:
             if targets.shape[1] != self.outputs:
                 raise ValueError(f"support_y has {targets.shape[1]} values an example, the model has {self.outputs} outputs")
         else:
+            if y.ndim != 1:
+                raise ValueError(f"support_y has shape {y.shape}, it must be [n]: a label for each example")
             classes, indices = np.unique(y, return_inverse=True)
             if not 2 <= len(classes) <= self.outputs:
                 raise ValueError(f"support_y holds {len(classes)} classes, the run was trained for {self.outputs}; give from 2 "
