@@ -12,9 +12,10 @@ from torch import nn
 
 from data.errors import InputError
 from models.checks import check, reason
-from models.functional import compiled, function, skeleton
+from models.functional import compiled, for_each_step, function, skeleton
+from models.norm import calibrate
 
-__all__ = ["build", "check", "compiled", "function", "skeleton"]
+__all__ = ["build", "calibrate", "check", "compiled", "for_each_step", "function", "skeleton"]
 
 SHIPPED = {"mlp": "models.mlp:MLP", "conv4": "models.conv4:Conv4", "resnet12": "models.resnet12:ResNet12"}
 

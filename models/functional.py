@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +31,13 @@ def function(model: nn.Module, training: bool) -> Callable[[dict[str, Tensor], T
             return functional_call(model, params, (x,))
 
     return apply
+
+
+def for_each_step(model: nn.Module, names: Iterable[str], steps: int) -> None:
+    """Gives these parameters an axis of inner steps in front, equal along it. `function` takes them without."""
+    for name in names:
+        p = model.get_parameter(name)
+        p.data = p.detach().expand(steps, *p.shape).clone()
 
 
 def compiled(function: Callable) -> Callable:

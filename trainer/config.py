@@ -162,6 +162,9 @@ def check_together(config: Config) -> None:
             if not rates.minimum <= value <= rates.maximum:
                 raise InputError(f"rates.{name}: {value} must lie within rates.minimum {rates.minimum} and rates.maximum "
                                  f"{rates.maximum} under rule adaptive; change it or the bounds")
+    if config.inner.per_step is not None and config.inner.order == "reptile":
+        raise InputError(f"inner.per_step: {config.inner.per_step} is learned by the meta-gradient, and inner.order reptile "
+                         "moves only what adapts; leave it out, or use order second or first")
     if config.inner.recompute and config.model.randomness != "error":
         raise InputError("inner.recompute: true would draw model.randomness anew where it computes anew; leave it null, or set "
                          "model.randomness to error")

@@ -62,6 +62,9 @@ class Inner:
         "second", "of the meta-gradient: second is exact, first drops the Hessian, reptile takes the displacement itself")
     adapts: str = key("all", "what moves within a task: all, head (ANIL), body (BOIL), or patterns of tensors' names, as in "
                       "blocks.3.*,head.*", NOT_EMPTY)
+    per_step: str | None = key(
+        None, "patterns of tensors' names of which each inner step has its own, learned and not adapted, such as *norm*: "
+        "MAML++'s gains and shifts", NOT_EMPTY)
     clip: float = key(0.0, "largest norm of a task's inner gradient; 0 is none", NOT_NEGATIVE)
     weight_decay: float = key(0.0, "of the inner loop: weight_decay / 2 |phi|^2 beside the support loss", NOT_NEGATIVE)
     multi_step_iterations: int = key(

@@ -31,7 +31,9 @@ class Learner:
     def __init__(self, config: Config, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor,
                  input_shape: tuple[int, ...], outputs: int, regression: bool):
         self.config, self.apply, self.loss, self.theta, self.alpha = config, apply, loss, theta, alpha
-        self.loop = inner.at(config, inner.chosen(theta, config.inner.adapts), config.iterations, alpha.device)
+        per_step = inner.stepped(theta, config.inner.per_step)
+        self.loop = inner.at(config, inner.chosen(theta, config.inner.adapts, per_step), config.iterations, alpha.device,
+                             per_step=per_step)
         self.input_shape, self.outputs, self.regression = input_shape, outputs, regression
         self.classes_: np.ndarray | None = None  # of the task, sorted
         self.phi: Params | None = None

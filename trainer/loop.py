@@ -31,6 +31,7 @@ from trainer.maml import VMAP_INPUTS, Apply, MetaGradient, each_task, meta_gradi
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
            "hypergradients/beta", "guards/skipped")
 ALPHA, BETA, SKIPPED = (METRICS.index(name) for name in ("rates/alpha", "rates/beta", "guards/skipped"))
+CALIBRATING = 16  # tasks whose support sets set frozen norms: at any number of ranks the same
 HOPELESS = 50  # skipped iterations in a row after which a run has diverged: more than halving alpha from 10 to 1e-6 takes
 
 
@@ -54,9 +55,10 @@ class Problem:
     chunk: int = 0  # tasks differentiated at once; 0 is automatic
     adapted: tuple[str, ...] | None = None  # the tensors that move within a task; None: all
     draw_seed: int = 0  # of what the model draws in iteration 0: for this rank's first task, or for all tasks
+    per_step: tuple[str, ...] = ()  # the tensors of which each inner step has its own
 
     def inner(self, iteration: int) -> InnerLoop:
-        return inner.at(self.config, self.adapted, iteration, self.world.device, self.draw_seed)
+        return inner.at(self.config, self.adapted, iteration, self.world.device, self.draw_seed, self.per_step)
 
 
 class State(NamedTuple):
@@ -109,6 +111,10 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
                          config.model.args).to(world.device, dtype)
     models.check(config.model.name, model, source.input_shape, source.outputs, config.model.randomness,
                  config.inner.order == "second")
+    some = torch.arange(CALIBRATING, device=world.device)
+    models.calibrate(model, lambda: source.batch("train", 0, some).support_x.flatten(0, 1))
+    per_step = inner.stepped(dict(model.named_parameters()), config.inner.per_step)
+    models.for_each_step(model, per_step, config.inner.steps)
     skeleton, indices = models.skeleton(model), world.shard(task.batch)  # theta lives in the engine
     if config.engine.name == "deepspeed":
         from trainer.zero import ZeroEngine
@@ -127,7 +133,7 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
     theta = dict(model.named_parameters())
     way = models.compiled(each_task) if config.compile else each_task
     problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, way, chunk,
-                      inner.chosen(theta, config.inner.adapts), draw_seed)
+                      inner.chosen(theta, config.inner.adapts, per_step), draw_seed, per_step)
     alpha = inner.alpha_sizes(problem.inner(0), theta)
     return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)
 

@@ -57,6 +57,18 @@ def test_world_sizes_agree_whatever_adapts_and_however(options: tuple, tmp_path:
     assert float((states[1]["rates.alpha"] != start).double().mean()) > 0.5, "rates never moved"  # a dead unit has none
 
 
+@pytest.mark.parametrize("norm", ("batch", "frozen"))
+def test_world_sizes_agree_on_norms_of_each_step(norm: str, tmp_path: Path, omniglot_root: str):
+    arguments = ("--data.name", "omniglot", "--data.root", omniglot_root, "--model.name", "conv4", "--model.channels", 8,
+                 "--task.ways", 5, "--task.shots", 1, "--task.queries", 2, "--model.args", f"{{norm: {norm}}}",
+                 "--inner.per_step", "*norm*", "--precision", "float64", "--iterations", 8)
+    one, two = (train(tmp_path / str(size), size, *arguments) for size in (1, 2))
+    for names in ("theta.", "rates.alpha", "rates.beta"):
+        assert relative(two, one, names) <= 1e-12, names
+    first, second = one["theta.blocks.0.norm.weight"]
+    assert first.shape == (8,) and not torch.allclose(first, second), "the steps' own have stayed alike"
+
+
 def test_the_same_world_size_twice_gives_the_same_bits_and_so_does_a_resumed_run(tmp_path: Path):
     arguments = ("--outer.optimizer", "adam", "--checkpoint.every", 4)
     first, second = (train(tmp_path / name, 2, *arguments) for name in ("a", "b"))
