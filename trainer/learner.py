@@ -20,6 +20,8 @@ from trainer.inner import Params
 from trainer.keys import Config
 from trainer.maml import adapt
 
+ALPHA = "rates.alpha"  # in a checkpoint, and in a saved learner's file
+
 
 class Learner:
     """scikit-learn's habit: `fit` adapts to a task's support set, `predict` answers for its queries.
@@ -95,13 +97,12 @@ class Learner:
                 *([name, label, *(f"{p:.6f}" for p in row)] for name, label, row in zip(names, labels, values))]
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file that `load` reads: theta under the names of the model's own parameters, a state_dict of
-        it, and in the metadata `alpha`, `inner.steps` and `config`, the keys that decided theta, as JSON. Raises OSError."""
-        facts = {"alpha": self.alpha.tolist(), "inner.steps": self.config.inner.steps,
-                 "config": configuration.trajectory(self.config)}
-        theta = {name: p.contiguous() for name, p in self.theta.items()}
+        """Writes one safetensors file that `load` reads: theta under the names of the model's own parameters, alpha as ALPHA,
+        and in the metadata `inner.steps` and `config`, the keys that decided theta, as JSON. Raises OSError."""
+        facts = {"inner.steps": self.config.inner.steps, "config": configuration.trajectory(self.config)}
+        tensors = {name: p.contiguous() for name, p in self.theta.items()} | {ALPHA: self.alpha}
         metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
-        Path(path).write_bytes(safetensors.torch.save(theta, metadata))
+        Path(path).write_bytes(safetensors.torch.save(tensors, metadata))
 
     def _outputs(self, params: Params, x: Tensor) -> Tensor:
         """Of the classes that the task has; the others' outputs take no part."""
@@ -151,15 +152,16 @@ def _trained(folder: Path) -> tuple[Config, Params, Tensor]:
         raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
     state = checkpoint.read(path)
     prefix = "outer.average." if any(name.startswith("outer.average.") for name in state) else "theta."
-    return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, state["rates.alpha"]
+    return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, state[ALPHA]
 
 
 def _saved(path: Path) -> tuple[Config, Params, Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            facts = {name: json.loads(file.metadata()[name]) for name in ("config", "alpha")}
+            config = json.loads(file.metadata()["config"])
             theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, not a dict
-        return configuration.of(facts["config"], f"in {path}", {}), theta, torch.tensor(facts["alpha"], dtype=torch.float64)
+        alpha = theta.pop(ALPHA)
+        return configuration.of(config, f"in {path}", {}), theta, alpha
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: is not a whole file of `alpha-maml export` ({type(error).__name__}: {error}); write it "
                          "again") from None

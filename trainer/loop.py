@@ -98,8 +98,9 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     return State(state.engine, new, state.iteration + 1), values
 
 
-def set_up(config: Config, world: World) -> tuple[Problem, State]:
-    """Everything the first iteration needs; raises InputError for what the configuration gets wrong."""
+def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, State]:
+    """Everything the first iteration needs; raises InputError for what the configuration gets wrong. The model has `outputs`
+    outputs where the tasks ask for fewer."""
     task, dtype = config.task, getattr(torch, config.precision)
     if world.size > task.batch:
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
@@ -107,10 +108,10 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
     sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
     source = data.build(config.data, Path(pooch.os_cache("alpha-maml")), sizes, config.seed, dtype, world.device,
                         say if world.rank == 0 else lambda line: None)
-    model = models.build(config.model.name, source.input_shape, source.outputs, config.seed, config.model.channels,
+    outputs = max(outputs, source.outputs)
+    model = models.build(config.model.name, source.input_shape, outputs, config.seed, config.model.channels,
                          config.model.args).to(world.device, dtype)
-    models.check(config.model.name, model, source.input_shape, source.outputs, config.model.randomness,
-                 config.inner.order == "second")
+    models.check(config.model.name, model, source.input_shape, outputs, config.model.randomness, config.inner.order == "second")
     some = torch.arange(CALIBRATING, device=world.device)
     models.calibrate(model, lambda: source.batch("train", 0, some).support_x.flatten(0, 1))
     per_step = inner.stepped(dict(model.named_parameters()), config.inner.per_step)
@@ -131,7 +132,7 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
         forward_tasks, chunk = one_task(train_apply), 1
     draw_seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
     theta = dict(model.named_parameters())
-    way = models.compiled(each_task) if config.compile else each_task
+    way = models.compiled(each_task, sizes.count()) if config.compile else each_task
     problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, way, chunk,
                       inner.chosen(theta, config.inner.adapts, per_step), draw_seed, per_step)
     alpha = inner.alpha_sizes(problem.inner(0), theta)
