@@ -18,14 +18,14 @@ from typing import Any, Literal
 import yaml
 
 from data.errors import InputError
-from trainer.keys import Config, keys, spelled
+from trainer.keys import UNION, Config, keys, spelled
 
 IMAGE_MODELS = ("conv4", "conv4_pooled", "resnet12")
 
 
 def _converted(value: Any, kind: Any) -> Any:
     """`value` as `kind`; raises ValueError where it is not one."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in UNION:
         if value is None:
             return None
         return _converted(value, next(k for k in typing.get_args(kind) if k is not types.NoneType))

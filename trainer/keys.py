@@ -90,8 +90,9 @@ class Outer:
 @dataclass(frozen=True)
 class Rates:
     rule: Literal["adaptive", "paper", "fixed"] = key("adaptive", "how alpha and beta move")
-    alpha_shape: Literal["scalar", "layer", "layer_step", "parameter"] = key(
-        "scalar", "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number")
+    alpha_shape: Literal["scalar", "layer", "layer_step", "parameter"] | None = key(
+        None, "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number; null is "
+        "layer under rule adaptive, else scalar")
     alpha: float = key(0.01, "first inner rate", POSITIVE)
     beta: float = key(0.001, "first meta rate", POSITIVE)
     alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
@@ -166,11 +167,14 @@ def default(item: Any) -> Any:
     return item.default if item.default is not MISSING else item.default_factory()
 
 
+UNION = (types.UnionType, typing.Union)  # the origins of `int | None` and of `Literal[...] | None`
+
+
 def spelled(kind: Any) -> str:
     """A type as a user would say it."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in UNION:
         return " or ".join(spelled(k) for k in typing.get_args(kind))
     return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", dict: "a mapping",
             types.NoneType: "null"}[kind]

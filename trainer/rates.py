@@ -22,6 +22,7 @@ MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
 FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size moves a rate slowly
 WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
 CUT = 2.0  # and alpha divided by this
+REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order
 
 
 class Rates(NamedTuple):
@@ -48,9 +49,10 @@ class Total(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What an iteration says about the rates; sums or means over tasks, as task.reduction says. The first two are of alpha's
-    shape, the others scalars."""
+    """What an iteration says about the rates; sums or means over tasks, as task.reduction says. Those of alpha have its
+    shape, the others are scalars."""
 
+    loss: Tensor  # sum of the query losses
     alpha_gradient: Tensor  # sum of A_b
     alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|
     product: Tensor  # <S_t, direction applied last>
@@ -73,7 +75,8 @@ def signals(rule: str, total: Total, count: int) -> tuple[Signals, Tensor]:
     if rule == "adaptive":
         usable &= total.sums.loss <= WORSE * total.sums.support_loss
     norms = (total.squared_norm * total.previous_squared).sqrt()
-    return Signals(total.sums.alpha_gradient / count, total.sums.alignment_norm / count, total.product, norms), usable
+    loss, alpha_gradient, alignment_norm = total.sums.loss, total.sums.alpha_gradient, total.sums.alignment_norm
+    return Signals(loss / count, alpha_gradient / count, alignment_norm / count, total.product, norms), usable
 
 
 def update(settings: keys.Rates, rates: Rates, signals: Signals, usable: Tensor) -> Rates:
@@ -105,7 +108,11 @@ def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
 
     alpha_mean, alpha_square, alpha_step = _moments(rates.alpha_mean, rates.alpha_square, alpha_signal, count)
     beta_mean, beta_square, beta_step = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
-    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step)
+    # Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
+    # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise.
+    reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=tiny)
+    lift = torch.where(reach > 0, REACH / reach, 1.0).clamp(min=1.0)
+    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * lift
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
     bounds = (settings.minimum, settings.maximum)
     return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)
