@@ -3,12 +3,33 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 from trainer import spool
 from trainer.keys import Config
 
 LINE_SECONDS = 10.0  # between plain lines
+
+
+class Unbreakable:
+    """A stream whose reader may leave: a terminal that is closed, `head` at the other end of a pipe."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 class Progress:
