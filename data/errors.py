@@ -22,9 +22,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        error.filename = error.filename or str(path)
+        raise
 
 
 def say(line: str) -> None:

@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
         code = 2
     except (Failure, OSError) as error:
+        while isinstance(error.__context__, (Failure, OSError)):  # the first of them, not what it led to
+            error = error.__context__
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
         say(f"{what}; mend that and give the same command again, which goes on from the last checkpoint")
         code = 1

@@ -74,6 +74,16 @@ class Progress:
             return
         unsent = self.sender.close(self.config.tracking.timeout) if self.sender else None
         summary = spool.read_json(self.folder / "summary.json")
+        if summary:  # a full disk may have kept it from being written
+            self._table(summary)
+        if self.sender:
+            from trainer.tracking import link
+
+            if unsent:
+                print(f"alpha-maml: {unsent}", file=sys.stderr)
+            print(f"\nCurves: {self.folder / 'curves.png'}\n{link(self.config, self.folder)}")
+
+    def _table(self, summary: dict) -> None:
         rows = [("", "first", "last")] + [
             (label, spool.shown(summary.get(f"{name}_first")), spool.shown(summary.get(f"{name}_last")))
             for label, name in (("training loss", "loss"), ("alpha", "alpha"), ("beta", "beta"))]
@@ -89,9 +99,3 @@ class Progress:
         print(f"  loss under {self.config.loss_threshold:g}: " + (f"iteration {reached}" if reached else "not reached"))
         print(f"  {spool.shown(summary.get('tasks_per_s'))} tasks/s on {summary.get('world_size')} ranks, "
               f"{summary.get('seconds', 0):.1f} s; everything is in {self.folder}")
-        if self.sender:
-            from trainer.tracking import link
-
-            if unsent:
-                print(f"alpha-maml: {unsent}", file=sys.stderr)
-            print(f"\nCurves: {self.folder / 'curves.png'}\n{link(self.config, self.folder)}")
