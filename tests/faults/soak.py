@@ -95,18 +95,18 @@ def main() -> None:
     print("| process | memory at the end, MB | MB per 10,000 iterations | file descriptors | threads |\n|---|---|---|---|---|")
     for name, all_of_it in sorted(samples.items()):
         counted = [s for s in all_of_it if s.step > first]
-        rise = slope(counted)
-        ranges = ["{} to {}".format(min(x), max(x)) for x in ([s.descriptors for s in counted], [s.threads for s in counted])]
+        rise, half, ranges = slope(counted), len(counted) // 2, []
+        for values in ([s.descriptors for s in counted], [s.threads for s in counted]):
+            ranges.append(f"{min(values)} to {max(values)}")
+            good.append(max(values[half:]) <= max(values[:half]))
         print(f"| {name} | {counted[-1].memory / 2**20:.1f} | {rise / 2**20:+.2f} | {' | '.join(ranges)} |")
-        half = len(counted) // 2  # not more in the second half than in the first
-        good += [rise < SLOPE, *(max(getattr(s, field) for s in counted[half:]) <= max(getattr(s, field) for s in counted[:half])
-                                 for field in ("descriptors", "threads"))]
+        good.append(rise < SLOPE or name not in RANKS)
     tenth = len(times) // 10
     start, end = statistics.median(times[tenth : 2 * tenth]), statistics.median(times[-tenth:])
     rest = [bytes_left for step, bytes_left in backlog if step > first]
-    print(f"\n| pace | ms an iteration in the second tenth {start:.3f}, in the last {end:.3f}: {100 * (end / start - 1):+.1f} % |\n"
-          f"| spool | {size / 2**20:.1f} MB recorded, unshipped at most {max(rest) / 2**20:.2f} MB, when training ended "
-          f"{rest[-1] / 2**20:.2f} MB; all in the store: {'yes' if complete else 'no'} |")
+    print(f"\npace: {start:.3f} ms an iteration in the second tenth, {end:.3f} in the last, {100 * (end / start - 1):+.1f} %\n"
+          f"spool: {size / 2**20:.1f} MB recorded; unshipped at most {max(rest) / 2**20:.2f} MB, at the end "
+          f"{rest[-1] / 2**20:.2f} MB; all in the store: {'yes' if complete else 'no'}\n")
     good += [end < (1 + PACE) * start, max(rest) < BACKLOG]
     print("within all bounds" if all(good) else "NOT within all bounds")
     sys.exit(not all(good))
