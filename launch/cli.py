@@ -90,9 +90,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
         code = 2
     except (Failure, OSError) as error:
-        while isinstance(error.__context__, (Failure, OSError)):  # the first of them, not what it led to
+        first = error
+        while isinstance(error.__context__, (Failure, OSError)):
             error = error.__context__
-        what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+            first = error if getattr(error, "filename", True) else first  # what it led to says less; so does one without a name
+        what = f"{first.filename}: {first.strerror}" if getattr(first, "filename", None) else first
         say(f"{what}; mend that and give the same command again, which goes on from the last checkpoint")
         code = 1
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ goes on, and ends with the bits of a run that nobody disturbed. Needs root, for 
 from __future__ import annotations
 
 import errno
-import fcntl
 import http.server
 import os
 import pty
@@ -16,9 +15,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import tempfile
-import termios
 import threading
 import time
 from collections import Counter
@@ -27,90 +24,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from processes import FORKS, ROOT, child, free_port
+from victim import EVERY, GRACE, ITERATIONS, Run, backwards, drain, free_port, on_a_terminal
 
 from trainer import checkpoint, spool, tracking
 
-ITERATIONS, EVERY = 400, 20
-PROBLEM = ("train", "--task.batch", "4", "--evaluation.tasks", "8", "--checkpoint.every", str(EVERY), "--engine.timeout", "20")
 QUIET, ENDLESS = ("--tracking.uri", "disabled", "--iterations", str(ITERATIONS)), ("--iterations", "1000000")
 PATIENCE = 1  # tracking.timeout of these runs, seconds
-GRACE = 15  # seconds for what a process does beside waiting, on a busy machine
-
-
-class Run:
-    """alpha-maml train in a folder: one process, or `ranks` of one group; whatever still runs is killed at the end."""
-
-    def __init__(self, folder: Path, *arguments: str, ranks: int = 0, target: Callable = child, log: Path | None = None):
-        self.folder, self.log, self.processes = folder, log or folder.parent / f"{folder.name}.log", []
-        self.log.unlink(missing_ok=True)
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-                 "LOCAL_WORLD_SIZE": str(ranks)}
-        for rank in range(max(ranks, 1)):
-            place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
-            self.processes.append(FORKS.Process(target=target, args=(
-                [*PROBLEM, *arguments, "--run_dir", str(folder)], place | {"PYTHONPATH": str(ROOT / "tests")}, str(self.log),
-                str(self.log))))
-            self.processes[-1].start()
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        senders = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["trainer.tracking",
-                                                                                                    str(self.folder)]]
-        for process in (*self.processes, *senders):
-            process.kill()
-
-    def step(self) -> int:
-        return spool.last_line(self.folder / spool.METRICS)[0]
-
-    def wait_for(self, fact: Callable[[], object], seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not fact():
-            assert time.monotonic() < end, f"nothing happened for {seconds} s: {self.text()}"
-            time.sleep(0.005)
-
-    def reach(self, step: int) -> None:
-        self.wait_for(lambda: self.step() >= step or any(p.exitcode is not None for p in self.processes))
-
-    def signal(self, number: int) -> None:
-        for process in self.processes:
-            os.kill(process.pid, number)
-
-    def codes(self, seconds: float = GRACE) -> list[int]:
-        """The exit codes, which must come within so many seconds."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-            assert process.exitcode is not None, f"hangs for more than {seconds} s: {self.text()}"
-        return [process.exitcode for process in self.processes]
-
-    def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def lines(self) -> list[str]:
-        """What it said of the trouble: never a traceback."""
-        assert "Traceback" not in self.text(), self.text()
-        return [line for line in self.text().splitlines() if line.startswith("alpha-maml: ")]
-
-    def is_whole(self) -> None:
-        """Each iteration stands once in the record, and the newest checkpoint, if any, is whole and finite."""
-        steps = [line["step"] for line in spool.read_metrics(self.folder)]
-        assert steps == list(range(1, len(steps) + 1)), "iterations are missing"
-        path, complaints = checkpoint.newest(self.folder / "checkpoints")
-        assert not complaints
-        assert path is None or all(bool(torch.isfinite(t).all()) for t in checkpoint.read(path).values())
-
-    def is_saved(self) -> None:
-        """The last checkpoint is of the last iteration."""
-        self.is_whole()
-        assert int(checkpoint.saved(self.folder / "checkpoints")[-1].name) == self.step()
-        assert not list((self.folder / "checkpoints").glob(".*")), "something was left aside"
 
 
 class Outside:
@@ -237,7 +157,7 @@ class Outside:
         return "exit 1, one line names the file; with room the same command goes on, the same bits"
 
     def disk_full_while_spooling(self) -> str:
-        return self.full_disk(0, spool.METRICS)
+        return self.full_disk(0, "")  # a checkpoint that is due just then may be the first to meet it
 
     def disk_full_while_saving(self) -> str:
         return self.full_disk(24 * 1024, "checkpoints/")
@@ -351,30 +271,6 @@ class Outside:
             assert "another rank has ended" in line
             self.goes_on(run.folder, 2)
         return "the other ends with one line, exit 1; the same command goes on, the same bits"
-
-
-def backwards(*arguments: object) -> None:
-    """A process whose clock goes an hour back after a moment."""
-    true, begun = time.time, time.monotonic()
-    time.time = lambda: true() - (3600 if time.monotonic() > begun + 0.3 else 0)
-    child(*arguments)
-
-
-def on_a_terminal(arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
-    """A process that leads a session, as a login shell's command does, on the terminal `output`."""
-    os.setsid()
-    while not os.path.islink(output):
-        time.sleep(0.01)
-    fcntl.ioctl(os.open(output, os.O_RDWR), termios.TIOCSCTTY, 0)
-    child(arguments, environment, output, errors)
-
-
-def drain(master: int) -> None:
-    try:
-        while os.read(master, 4096):
-            pass
-    except OSError:
-        pass
 
 
 FAULTS = ("mlflow_is_away", "mlflow_hangs", "mlflow_answers_500", "mlflow_answers_403", "sqlite_is_locked",
