@@ -14,6 +14,7 @@ from trainer.engine import TorchEngine
 from trainer.inner import alpha_sizes
 from trainer.keys import Config, Outer, Rates, Task
 from trainer.loop import Problem, State, train_step
+from trainer.maml import MetaGradient
 
 CURVATURES = torch.tensor([[1.0, 0.5], [2.0, 0.25], [0.3, 1.5]], dtype=torch.float64)
 CENTRES = torch.tensor([[1.0, -1.0], [0.5, 2.0], [-2.0, 0.3]], dtype=torch.float64)
@@ -189,3 +190,59 @@ def test_an_exploding_inner_loop_leaves_theta_finite(rule: str):
     rows = trajectory(config, 5)
     assert all(row[:2] == (0.7, -0.4) for row in rows)
     assert (rows[-1][2] < 1e200) == (rule == "adaptive")
+
+
+def total(**values: float) -> rates.Total:
+    """Of one quiet task, but for `values`."""
+    given = {"loss": 1.0, "alpha_gradient": -0.1, "alignment_norm": 1.0, "squared_norm": 4.0} | values
+    scalar = {name: torch.tensor(value, dtype=torch.float64) for name, value in given.items()}
+    one = torch.ones((), dtype=torch.float64)
+    sums = MetaGradient({}, scalar["alpha_gradient"], scalar["alignment_norm"], scalar["loss"], one, 2 * one)
+    return rates.Total(sums, scalar["squared_norm"], 2 * one, one, 0 * one)
+
+
+def guarded(config: Config, **values: float) -> tuple[rates.Rates, rates.Rates, bool, bool]:
+    """The rates before and after an iteration, whether theta may move, and whether all was finite."""
+    before = rates.initial(config.rates, torch.device("cpu"))
+    signals, usable = rates.signals(config.rates.rule, total(**values), 1)
+    after, usable, finite = rates.guarded(config, before, total(**values), signals, usable)
+    return before, after, bool(usable), bool(finite)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("action", ("skip", "halve", "stop"))
+@pytest.mark.parametrize("rule", ("adaptive", "paper", "fixed"))
+@pytest.mark.parametrize("values", ({"loss": NAN}, {"loss": INF}, {"squared_norm": NAN}, {"squared_norm": INF}), ids=str)
+def test_an_iteration_that_is_not_finite_moves_nothing_and_the_rates_as_asked(values: dict, rule: str, action: str):
+    config = Config(rates=Rates(rule=rule, alpha=0.4, beta=0.2), on_nonfinite=action)
+    before, after, usable, finite = guarded(config, **values)
+    assert not usable and not finite
+    alpha = 0.2 if action == "halve" or rule == "adaptive" else 0.4
+    assert (float(after.alpha), float(after.beta)) == (alpha, 0.1 if action == "halve" else 0.2)
+    assert after[2:] == before[2:], "moments changed"
+    assert guarded(config)[2:] == (True, True)
+
+
+@pytest.mark.parametrize(("rule", "settings", "values"), (
+    ("adaptive", {}, {"alpha_gradient": NAN}), ("adaptive", {}, {"alpha_gradient": -INF, "alignment_norm": INF}),
+    ("paper", {}, {"alpha_gradient": INF}), ("paper", {"beta_hyperlr": 1e308}, {}),
+    ("paper", {"beta": 1e29}, {"squared_norm": 1e4}), ("fixed", {"beta": 1e29}, {"squared_norm": 1e4}),
+    ("fixed", {"beta": 1e300}, {"squared_norm": 0.0})), ids=str)
+def test_a_finite_loss_that_would_poison_a_rate_or_theta_is_caught(rule: str, settings: dict, values: dict):
+    config = Config(rates=Rates(rule=rule, **settings))
+    before, after, usable, finite = guarded(config, **values)
+    assert not usable and not finite and all(torch.isfinite(x) for x in after)
+    assert after == before if rule != "adaptive" else after == before._replace(alpha=before.alpha / rates.CUT)
+
+
+def test_plain_maml_does_not_need_the_hypergradient():
+    assert guarded(Config(rates=Rates(rule="fixed")), alpha_gradient=INF, alignment_norm=INF)[2:] == (True, True)
+
+
+def test_an_adaptation_that_made_the_loss_worse_is_finite():
+    """It is undone, and counted as skipped, but on_nonfinite has no say in it."""
+    before, after, usable, finite = guarded(Config(on_nonfinite="halve"), loss=5.0)
+    assert (usable, finite) == (False, True)
+    assert after == before._replace(alpha=before.alpha / rates.CUT)

@@ -148,6 +148,9 @@ class Config:
     precision: Literal["float32", "float64"] = key("float32", "of theta and of every product on the way to it")
     compile: bool = key(False, "the meta-gradient as one graph of torch.compile: a minute at the first start, kept for later "
                         "ones; for models without forward_tasks, and small ones")
+    on_nonfinite: Literal["skip", "halve", "stop"] = key(
+        "skip", "an iteration whose loss, gradient or step is not finite never moves theta; skip: rule adaptive halves alpha; "
+        "halve: alpha and beta are halved under every rule; stop: the run ends")
     loss_threshold: float = key(2.5, "iterations_to_threshold counts until the training loss is under this", POSITIVE)
     run_dir: str | None = key(None, "folder of the run; null derives it from the configuration", NOT_EMPTY)
 

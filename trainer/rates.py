@@ -23,6 +23,7 @@ FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size mo
 WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
 CUT = 2.0  # and alpha divided by this
 REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order
+LARGEST = 1e30  # a rate or a step of theta above this is as good as infinite: float32 ends at 3e38
 
 
 class Rates(NamedTuple):
@@ -91,11 +92,34 @@ def update(settings: keys.Rates, rates: Rates, signals: Signals, usable: Tensor)
             beta=rates.beta + settings.beta_hyperlr * signals.product,
             alpha=rates.alpha - settings.alpha_hyperlr * signals.alpha_gradient,
         )
-        otherwise = rates
     else:
         moved = _adaptive(settings, rates, signals)
-        otherwise = rates._replace(alpha=(rates.alpha / CUT).clamp(min=settings.minimum))
-    return Rates(*(torch.where(usable, a, b) for a, b in zip(moved, otherwise)))
+    return Rates(*(torch.where(usable, a, b) for a, b in zip(moved, _undone(settings, rates))))
+
+
+def _undone(settings: keys.Rates, rates: Rates) -> Rates:
+    """The rates after an iteration that is not usable."""
+    return rates._replace(alpha=_cut(settings, rates.alpha)) if settings.rule == "adaptive" else rates
+
+
+def _cut(settings: keys.Rates, rate: Tensor) -> Tensor:
+    return (rate / CUT).clamp(min=settings.minimum) if settings.rule == "adaptive" else rate / CUT
+
+
+def guarded(config: keys.Config, rates: Rates, total: Total, signals: Signals,
+            usable: Tensor) -> tuple[Rates, Tensor, Tensor]:
+    """`update` where every number is finite: the loss, the gradient, the new rates, and the step that theta would take. The
+    rates to go on with, whether theta may move, and whether all is finite (bools).
+
+    An iteration that is not finite never moves theta; config.on_nonfinite says what it does to the rates.
+    """
+    new = update(config.rates, rates, signals, usable)
+    step = new.beta.abs() * total.squared_norm.sqrt().clamp(min=1)
+    finite = torch.isfinite(torch.cat([total.sums.loss.view(1), *(x.flatten() for x in new)])).all() & (step < LARGEST)
+    settings, otherwise = config.rates, _undone(config.rates, rates)
+    if config.on_nonfinite == "halve":
+        otherwise = rates._replace(alpha=_cut(settings, rates.alpha), beta=_cut(settings, rates.beta))
+    return Rates(*(torch.where(finite, a, b) for a, b in zip(new, otherwise))), usable & finite, finite
 
 
 def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import InputError, naming
 
 METRICS = "metrics.jsonl"
+TAIL = 2**16  # bytes of it that are read at once from its end
 
 
 @contextmanager
@@ -41,8 +42,13 @@ def lock(run_dir: Path) -> Iterator[None]:
 def write_json(path: Path, content: dict) -> None:
     """Atomically: a reader sees the old content or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        with naming(path):
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict:
@@ -58,6 +64,21 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
+def last_line(path: Path) -> tuple[int, int]:
+    """The step of the last whole line of a metrics.jsonl and the byte after it; zeros where there is none. Reads the file's
+    end alone: a long run's is large."""
+    if not path.is_file():
+        return 0, 0
+    with path.open("rb") as file:
+        size, reach, text = file.seek(0, os.SEEK_END), 0, b""
+        while reach < size and text.count(b"\n") < 2:
+            reach = min(size, reach + TAIL)
+            file.seek(size - reach)
+            text = file.read(reach)
+    whole, _, torn = text.rpartition(b"\n")
+    return json.loads(whole.rpartition(b"\n")[2])["step"] if whole else 0, size - len(torn)
+
+
 class Recorder:
     """Collects the iterations' values on the device, and on a flush reads them back and appends them to metrics.jsonl."""
 
@@ -65,18 +86,18 @@ class Recorder:
         """`run_dir` None records without writing, as ranks other than 0 do; `tasks` are in an iteration's batch."""
         self.names, self.tasks, self.file, self.recorded = names, tasks, None, 0
         if run_dir is not None:
-            lines = read_metrics(run_dir)
-            self.recorded = lines[-1]["step"] if lines else 0  # a resumed run repeats steps; their points stand already
-            self.file = (run_dir / METRICS).open("ab")
-            whole = (run_dir / METRICS).read_bytes().rpartition(b"\n")
-            self.file.truncate(len(whole[0]) + len(whole[1]))
+            self.path = run_dir / METRICS
+            self.recorded, size = last_line(self.path)  # a resumed run repeats steps; their points stand already
+            self.file = self.path.open("ab")
+            self.file.truncate(size)
         self.pending: list[tuple[int, int, Tensor, dict[str, float]]] = []
         self.latest: dict[str, float] = {}
         self.clock = time.perf_counter()
 
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with naming(self.path):
+                self.file.close()
 
     def add(self, step: int, values: Tensor) -> None:
         """An iteration's values: a device vector that begins with the `names`."""
@@ -108,7 +129,8 @@ class Recorder:
             if self.file and step > self.recorded:
                 self.file.write(json.dumps({"step": step, "timestamp": timestamp, **metrics}).encode() + b"\n")
         if self.file:
-            self.file.flush()
+            with naming(self.path):
+                self.file.flush()
         self.pending.clear()
         return rows
 
