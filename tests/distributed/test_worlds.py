@@ -40,7 +40,8 @@ def test_world_sizes_agree(rule: str, precision: str, tolerance: float, tmp_path
     losses = [spool.read_json(tmp_path / str(size) / "summary.json")["val_loss"] for size in states]
     assert losses == pytest.approx([losses[0]] * 4, rel=100 * tolerance)
     skipped = [line["guards/skipped"] for line in spool.read_metrics(plain)]
-    assert sum(skipped) == 0 and states[4]["rates.alpha"] != 0.01 and states[4]["rates.beta"] != 0.001, "nothing happened"
+    moved = (states[4]["rates.alpha"] != 0.01).any() and states[4]["rates.beta"] != 0.001
+    assert sum(skipped) == 0 and moved, "nothing happened"
 
 
 @pytest.mark.parametrize("options", (
