@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PROCESSES ?= 2
 
-.PHONY: train test test-cluster faults fuzz bench clean
+.PHONY: train test test-cluster faults soak fuzz bench clean
 
 train: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m launch train --config configs/quickstart.yaml
@@ -16,9 +16,13 @@ test: .venv/ready
 test-cluster: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/test_slurm.py tests/test_comparison.py
 
-# 100 kills; test-cluster does 20. Needs root and iproute2, for nodes as network namespaces.
+# 100 faults of the outside and 100 kills; test-cluster does 13 and 20. Needs root, and iproute2 for nodes as network namespaces.
 faults: .venv/ready
-	$(BIN)/python tests/faults/harness.py --kills 100
+	$(BIN)/python tests/faults/harness.py --kills 100 --outside 100
+
+# 200,000 iterations of two ranks, watched: about half an hour in which nothing else should run.
+soak: .venv/ready
+	$(BIN)/python tests/faults/soak.py
 
 # 10,000 generated bad inputs, about half an hour; test does 500.
 fuzz: .venv/ready

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 LONGEST = 2000  # characters of a line
 PASSWORD = re.compile(r"(?<=://)[^\s:/@]*:[^@]*@|(?<=[?&])password=[^\s&]*", re.IGNORECASE)  # in the address of a store
@@ -24,6 +25,20 @@ class InputError(Exception):
 
     def __init__(self, line: str):
         super().__init__(one_line(line))
+
+
+class Failure(Exception):
+    """Something outside went wrong, in one line, which the command line prints; it exits with code 1."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside says which file it was about: those of a write, as on a full disk, do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def say(line: str) -> None:

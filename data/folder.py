@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import csv
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -69,28 +71,29 @@ def _walk(root: Path, folder: str, notes: list[Note]) -> Iterator[tuple[str, lis
     seen, left = set(), [folder]
     while left:
         folder = left.pop()
-        status = os.stat(root / folder)
+        status = os.stat(os.path.join(root, folder))
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
         files, inner = [], []
-        with os.scandir(root / folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                path = os.path.join(folder, entry.name)
-                if entry.name.startswith("."):
+        below = folder and f"{folder}/"
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in sorted(entries, key=attrgetter("name")):
+                name = entry.name
+                path = below + name
+                if name.startswith("."):
                     continue
                 if entry.is_dir():
                     inner.append(path)
-                elif entry.is_file() and entry.name.lower().endswith(SUFFIXES):
-                    files.append(_file(root, path))
+                elif entry.is_file() and name.lower().endswith(SUFFIXES):
+                    files.append(_file(path, entry.stat()))
                 else:
                     notes.append((path, "files that are no images", "is no image by its name; it is left out"))
         yield folder, files, not inner
         left += reversed(inner)
 
 
-def _file(root: Path, path: str) -> File:
-    status = os.stat(root / path)
+def _file(path: str, status: os.stat_result) -> File:
     return File(path, status.st_size, status.st_mtime_ns)
 
 
@@ -131,10 +134,16 @@ def _listed(root: Path, lists: dict[str, Path], notes: list[Note]) -> list[Class
                                  "belongs to one split, remove it from the other")
             if not by_image:
                 found[label] = _class_folder(root, label, path.name, notes)
-            elif (root / "images" / row[0]).is_file():
-                found.setdefault(label, []).append(_file(root, os.path.join("images", row[0])))
             else:
-                notes.append((os.path.join("images", row[0]), "missing images", f"is in {path.name} and not there"))
+                image = os.path.join("images", row[0])
+                try:
+                    status = os.stat(os.path.join(root, image))
+                except OSError:
+                    status = None
+                if status and stat.S_ISREG(status.st_mode):
+                    found.setdefault(label, []).append(_file(image, status))
+                else:
+                    notes.append((image, "missing images", f"is in {path.name} and not there"))
         classes += [Class(split, label, list(dict.fromkeys(files))) for label, files in found.items()]
     return classes
 

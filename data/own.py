@@ -13,7 +13,6 @@ and resuming are right whatever the class does; `read` must return the same for 
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
+from data.imported import imported, reason
 from data.tasks import (
     SPLITS,
     TaskBatch,
@@ -34,24 +34,13 @@ from data.tasks import (
 )
 
 
-def imported(name: str) -> Callable:
-    """The class at package.module:Class; raises InputError."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs the user's code
-        raise InputError(f"data.name: {name!r} cannot be imported ({type(error).__name__}: {error}); it must be "
-                         "package.module:Class and on PYTHONPATH") from None
-
-
 def built(name: str, args: dict[str, Any]) -> Any:
     """The user's object; raises InputError where it cannot be had or lacks a part."""
-    factory = imported(name)
+    factory = imported("data.name", name)
     try:
         own = factory(**args)
-    except Exception as error:  # building runs it too
-        raise InputError(f"data.args: {name} cannot be built from {args} ({type(error).__name__}: {error}); correct "
-                         "data.args") from None
+    except Exception as error:
+        raise InputError(f"data.args: {name} cannot be built from {args} ({reason(error)}); correct data.args") from None
     for part in ("input_shape", "classes", "examples", "read"):
         if not hasattr(own, part):
             raise InputError(f"data.name: {name} has no {part}; give it one, see docs/data.md")
@@ -60,7 +49,7 @@ def built(name: str, args: dict[str, Any]) -> Any:
 
 def shapes(name: str, args: dict[str, Any]) -> tuple[tuple[int, ...], int | None]:
     """input_shape and, for a regression, outputs; from the class where it says them, so that its data need not be there."""
-    factory = imported(name)
+    factory = imported("data.name", name)
     own = factory if isinstance(getattr(factory, "input_shape", None), tuple) else built(name, args)
     return tuple(own.input_shape), getattr(own, "outputs", None)
 

@@ -57,6 +57,10 @@ class TaskSizes(NamedTuple):
         ways, shots = (low + int(u * (high - low + 1)) for u, low, high in zip(uniforms, least, most))
         return ways, shots
 
+    def count(self) -> int:
+        """How many sizes the iterations' tasks have."""
+        return (self.ways - (self.min_ways or self.ways) + 1) * (self.shots - (self.min_shots or self.shots) + 1)
+
     def largest(self) -> TaskSizes:
         """The same without minima."""
         return TaskSizes(self.ways, self.shots, self.queries)
@@ -84,7 +88,8 @@ class TaskSource(Protocol):
 def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and accuracy of logits [..., n, N] against labels [..., n]."""
     accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
-    return -F.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0].mean(-1), accuracy
+    right = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)  # gather would tie a graph to one size
+    return -torch.where(right, F.log_softmax(logits, -1), 0).sum(-1).mean(-1), accuracy
 
 
 def present_classes_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from data.errors import InputError
+from data.errors import Failure, InputError, say
 from launch import slurm, use
 from trainer import config as configuration
 from trainer import keys
@@ -89,6 +90,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node is enough
             print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
         code = 2
+    except (Failure, OSError) as error:
+        first = error
+        while isinstance(error.__context__, (Failure, OSError)):
+            error = error.__context__
+            first = error if getattr(error, "filename", True) else first  # what it led to says less; so does one without a name
+        what = f"{first.filename}: {first.strerror}" if getattr(first, "filename", None) else first
+        say(f"{what}; mend that and give the same command again, which goes on from the last checkpoint")
+        code = 1
     except KeyboardInterrupt:
         code = 130
     sys.stdout.flush()
@@ -98,17 +107,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = configuration.build(known.config, overrides)
     from launch import runtime
-    from launch.progress import Progress
+    from launch.progress import Progress, Unbreakable
     from models.checks import out_of_memory
     from trainer import loop
 
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)  # nobody may watch, and it trains
     stop = runtime.StopRequest()
     with runtime.world(config.device, config.engine.timeout) as world:
         progress = Progress(config)
         try:
             status = loop.train(config, world, stop, progress.started, progress.watch)
         except loop.Diverged as error:
-            print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
+            if world.local_rank == 0:  # all ranks come to the same end
+                print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
             status = "FAILED"
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -135,8 +146,11 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise InputError(f"--part: {known.part!r} must be I/N with I from 1 to N; correct it")
     from launch import runtime
+    from launch.progress import Unbreakable
+    from trainer import spool
     from trainer import sweep as sweeping
 
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     folder = Path(base.run_dir)
     cells = sweeping.cells(base, known.grid, known.seeds, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,23 +158,25 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise InputError(f"--vectorised: engine.name {base.engine.name} shards one run; use engine.name torch")
     if known.jobs > 1 and parts != "1":
         raise InputError("--jobs: --part divides the cells already; drop one of the two")
-    if known.jobs > 1:
-        whole = [sys.executable, "-m", "launch", *known.words, "--jobs", "1"]
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        jobs = [subprocess.Popen([*whole, "--part", f"{i + 1}/{known.jobs}"], env=environment) for i in range(known.jobs)]
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda received, frame: [job.send_signal(received) for job in jobs])
-        codes = [job.wait() for job in jobs]
-    else:
-        stop = runtime.StopRequest()
-        with runtime.world(base.device, base.engine.timeout) as world:
-            mine = cells[int(part) - 1::int(parts)]
-            codes = [0 if sweeping.work(mine, world, stop, known.vectorised) else 128 + (stop.signal or 15)]
-    if parts == "1":
-        rows = sweeping.table(cells, folder)
-        print(*sweeping.lines(rows), f"\n{folder / sweeping.TABLE}", sep="\n")
-        if base.tracking.uri != "disabled":
-            print(sweeping.publish(cells))
+    alone = parts == "1" and runtime.environment("RANK", 0) == 0  # parts of a job array share the folder
+    with spool.lock(folder) if alone else nullcontext():
+        if known.jobs > 1:
+            whole = [sys.executable, "-m", "launch", *known.words, "--jobs", "1"]
+            environment = {"OMP_NUM_THREADS": "1"} | os.environ
+            jobs = [subprocess.Popen([*whole, "--part", f"{i + 1}/{known.jobs}"], env=environment) for i in range(known.jobs)]
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                signal.signal(number, lambda received, frame: [job.send_signal(received) for job in jobs])
+            codes = [job.wait() for job in jobs]
+        else:
+            stop = runtime.StopRequest()
+            with runtime.world(base.device, base.engine.timeout) as world:
+                mine = cells[int(part) - 1::int(parts)]
+                codes = [0 if sweeping.work(mine, world, stop, known.vectorised) else 128 + (stop.signal or 15)]
+        if parts == "1":
+            rows = sweeping.table(cells, folder)
+            print(*sweeping.lines(rows), f"\n{folder / sweeping.TABLE}", sep="\n")
+            if base.tracking.uri != "disabled":
+                print(sweeping.publish(cells))
     return max(codes)
 
 

@@ -3,12 +3,33 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 from trainer import spool
 from trainer.keys import Config
 
 LINE_SECONDS = 10.0  # between plain lines
+
+
+class Unbreakable:
+    """A stream whose reader may leave: a terminal that is closed, `head` at the other end of a pipe."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 class Progress:
@@ -53,6 +74,16 @@ class Progress:
             return
         unsent = self.sender.close(self.config.tracking.timeout) if self.sender else None
         summary = spool.read_json(self.folder / "summary.json")
+        if summary:  # a full disk may have kept it from being written
+            self._table(summary)
+        if self.sender:
+            from trainer.tracking import link
+
+            if unsent:
+                print(f"alpha-maml: {unsent}", file=sys.stderr)
+            print(f"\nCurves: {self.folder / 'curves.png'}\n{link(self.config, self.folder)}")
+
+    def _table(self, summary: dict) -> None:
         rows = [("", "first", "last")] + [
             (label, spool.shown(summary.get(f"{name}_first")), spool.shown(summary.get(f"{name}_last")))
             for label, name in (("training loss", "loss"), ("alpha", "alpha"), ("beta", "beta"))]
@@ -68,9 +99,3 @@ class Progress:
         print(f"  loss under {self.config.loss_threshold:g}: " + (f"iteration {reached}" if reached else "not reached"))
         print(f"  {spool.shown(summary.get('tasks_per_s'))} tasks/s on {summary.get('world_size')} ranks, "
               f"{summary.get('seconds', 0):.1f} s; everything is in {self.folder}")
-        if self.sender:
-            from trainer.tracking import link
-
-            if unsent:
-                print(f"alpha-maml: {unsent}", file=sys.stderr)
-            print(f"\nCurves: {self.folder / 'curves.png'}\n{link(self.config, self.folder)}")

@@ -75,18 +75,19 @@ def world(device: str, timeout: float) -> Iterator[World]:
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and SIGINT into a wish to stop: the iteration is finished and saved first. A second SIGINT
-    ends the process at once. Handlers may run twice, since schedulers signal more than one process."""
+    """Turns SIGTERM, SIGUSR1, SIGINT and SIGHUP into a wish to stop: the iteration is finished and saved first. A second
+    SIGINT ends the process at once. Handlers may run twice, since schedulers signal more than one process."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup wants it ignored
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        if number == self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
         self.signal = number
+        if number == signal.SIGINT:  # the system's own way to end works inside a save or a sum over ranks too
+            signal.signal(number, signal.SIG_DFL)
 
     def __call__(self) -> bool:
         return self.signal is not None

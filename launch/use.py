@@ -18,7 +18,8 @@ from trainer.keys import Config
 
 Result = TypeVar("Result")
 # What an evaluation may do in another way than the training did, of the keys that decide theta.
-MAY_DIFFER = ("data.", "task.shots", "task.min_shots", "task.queries", "inner.steps", "seed", "precision")
+MAY_DIFFER = ("data.", "task.ways", "task.shots", "task.queries", "inner.steps", "seed", "precision")
+FULL = {"task.min_ways": "null", "task.min_shots": "null"}  # what an evaluation's tasks are, whatever the training's were
 
 
 def add_options(sub: argparse.ArgumentParser, verb: str) -> None:
@@ -44,8 +45,13 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     if run_dir is None:
         raise InputError("run_dir: is needed here; give the folder of a trained run with --run_dir")
     folder = Path(run_dir)
-    trained, config = configuration.of_run(folder, {}), configuration.of_run(folder, {"evaluation.tasks": "600"} | overrides)
+    trained, config = configuration.of_run(folder, {}), configuration.of_run(
+        folder, {"evaluation.tasks": "600"} | overrides | FULL)
     name = _name(known.split, trained, config)
+    ways = config.task.ways
+    if ways > trained.task.ways:
+        raise InputError(f"task.ways: {ways} is more than the {trained.task.ways} that the model has outputs for; take at most "
+                         "as many")
     out = known.out or folder / f"evaluation-{name}"
     from tqdm import tqdm
 
@@ -57,7 +63,7 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         # alpha may have a row for each inner step of the training; more ranks than tasks in its iterations are welcome here.
         as_trained = configuration.with_key(config, "inner.steps", trained.inner.steps)
         problem, state = loop.set_up(
-            configuration.with_key(as_trained, "task.batch", max(config.task.batch, world.size)), world)
+            configuration.with_key(as_trained, "task.batch", max(config.task.batch, world.size)), world, trained.task.ways)
         state = loop.resume(state, folder, world)
         if state.iteration == 0:
             raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
@@ -67,7 +73,8 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         alpha = state.rates.alpha.to(problem.dtype)
         bar = partial(tqdm, unit="task", unit_scale=evaluation.CHUNK * world.size, disable=True if world.rank else None,
                       leave=False, dynamic_ncols=True)
-        result = evaluation.evaluate(problem.apply, problem.source, state.engine.learned(), alpha, known.split,
+        apply = problem.apply if ways == trained.task.ways else lambda params, x: problem.apply(params, x)[..., :ways]
+        result = evaluation.evaluate(apply, problem.source, state.engine.learned(), alpha, known.split,
                                      config.evaluation.tasks, problem.inner(state.iteration)._replace(steps=config.inner.steps),
                                      world, curve=True, progress=bar)
     if world.rank == 0:
@@ -88,7 +95,7 @@ def _name(split: str, trained: Config, config: Config) -> str:
     InputError where that cannot differ."""
     before, words = configuration.trajectory(trained), [split]
     for key, value in configuration.trajectory(config).items():
-        if value == before[key]:
+        if value == before[key] or key in FULL:
             continue
         if not key.startswith(MAY_DIFFER):
             raise InputError(f"{key}: {value} is not what the run was trained with, {before[key]}, and cannot differ in an "

@@ -4,17 +4,18 @@
 What users need to know is in docs/models.md."""
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import nn
 
 from data.errors import InputError
-from models.checks import check, reason
-from models.functional import compiled, function, skeleton
+from data.imported import imported, reason
+from models.checks import check
+from models.functional import compiled, for_each_step, function, skeleton
+from models.norm import calibrate
 
-__all__ = ["build", "check", "compiled", "function", "skeleton"]
+__all__ = ["build", "calibrate", "check", "compiled", "for_each_step", "function", "skeleton"]
 
 SHIPPED = {"mlp": "models.mlp:MLP", "conv4": "models.conv4:Conv4", "resnet12": "models.resnet12:ResNet12"}
 
@@ -30,12 +31,7 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int, seed: int, chan
         arguments["channels"] = channels
     if name == "conv4_pooled":
         name, arguments["pooled"] = "conv4", True
-    module, _, attribute = SHIPPED.get(name, name).partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs the user's code
-        raise InputError(f"model.name: {name!r} cannot be imported ({reason(error)}); it must be package.module:Class and on "
-                         "PYTHONPATH") from None
+    factory = imported("model.name", SHIPPED.get(name, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

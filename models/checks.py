@@ -2,37 +2,23 @@
 first iteration, or in nothing being learned, is said in one line."""
 from __future__ import annotations
 
-import importlib
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
 from data.errors import InputError
+from data.imported import place, reason
 from models.functional import differentiable_attention, function, skeleton
 
-NOT_THE_USERS = (*(str(Path(file).parent) for file in (torch.__file__, importlib.__file__, __file__)), "<")
 AGREEMENT = 0.01  # largest relative difference of forward_tasks from forward; what a GPU's short floats make is less
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what torch says, of a GPU or of this machine."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def reason(error: Exception) -> str:
-    """Type and first sentence of an error, and where in the user's own code it arose."""
-    said = (str(error).strip().splitlines() or [""])[0].split(". ")[0][:160]
-    return f"{type(error).__name__}: {said}{_place(error)}"
-
-
-def _place(error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_USERS)]
-    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 @contextmanager
@@ -129,7 +115,7 @@ def _check_vmap(name: str, model: nn.Module, params: dict[str, Tensor], x: Tenso
         if "randomness error mode" in said:
             return of_randomness
         if "data-dependent control flow" in said or ".item()" in said:
-            return (f"model.name: {name} decides by the values of its inputs or parameters{_place(error)}, which vmap cannot "
+            return (f"model.name: {name} decides by the values of its inputs or parameters{place(error)}, which vmap cannot "
                     "do for many tasks at once; use torch.where")
         return (f"model.name: {name} cannot be differentiated inside vmap ({reason(error)}); replace that operation by one "
                 "that works without change in place")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import newest_state, started
-from processes import ROOT, run, succeed
+from processes import ROOT, command, run, succeed
 
 from trainer import checkpoint, spool
 
@@ -105,7 +105,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_used(tmp_path: P
     assert all(torch.equal(found[name], expected[name]) for name in expected), "not as if nothing had happened"
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP))
 def test_a_signal_ends_the_run_after_its_iteration_and_saves(number: signal.Signals, tmp_path: Path, background):
     folder = tmp_path / "run"
     arguments = (*QUICK, "--run_dir", folder, "--iterations", 100_000)
@@ -118,6 +118,23 @@ def test_a_signal_ends_the_run_after_its_iteration_and_saves(number: signal.Sign
     assert spool.read_json(folder / "status.json")["status"] == "KILLED"
     succeed(*QUICK, "--run_dir", folder, "--iterations", last + 3)
     assert [line["step"] for line in spool.read_metrics(folder)] == list(range(1, last + 4))
+
+
+def test_nohup_keeps_a_run_alive_when_its_terminal_closes(tmp_path: Path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(["nohup", *command(*QUICK, "--run_dir", folder, "--iterations", 300)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    started(process, folder, 5)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tmp_path: Path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(*QUICK, "--run_dir", folder, "--iterations", 30), cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait(60) == 0 and spool.read_json(folder / "summary.json")["iterations"] == 30
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_path: Path, background):

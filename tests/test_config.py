@@ -65,6 +65,7 @@ WRONG = {  # YAML: what its line must name
     "task: {min_ways: 2}": ("task.min_ways", "2", "task.ways (1)"),
     "task: {shots: 3, min_shots: 4}": ("task.min_shots", "4", "task.shots (3)"),
     "task: {min_shots: 0}": ("task.min_shots", "0", "1 or more"),
+    "inner: {order: reptile, per_step: '*bias'}": ("inner.per_step", "*bias", "second or first"),
     "model: {name: conv5}": ("model.name", "conv5", "conv4_pooled"),
     "model: {name: conv4}": ("model.name", "images"),
     "model: {args: 3}": ("model.args", "3", "mapping"),

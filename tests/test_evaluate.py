@@ -39,9 +39,9 @@ def measured(folder: Path, *arguments: object, ranks: int = 0) -> dict:
     return json.loads(succeed("evaluate", "--run_dir", folder, "--evaluation.tasks", TASKS, *arguments, ranks=ranks).stdout)
 
 
-def by_hand(folder: Path, shots: int, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(probabilities [n, WAYS], labels [n]) of each test task, by the learner that users have, a task at a time."""
-    config = configuration.build(folder / "config.yaml", {"task.shots": str(shots)})
+def by_hand(folder: Path, shots: int, steps: int, ways: int = WAYS) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(probabilities [n, ways], labels [n]) of each test task, by the learner that users have, a task at a time."""
+    config = configuration.build(folder / "config.yaml", {"task.shots": str(shots), "task.ways": str(ways)})
     tasks, learner = loop.set_up(config, World())[0].source.batch("test", 0, torch.arange(TASKS)), load(folder)
     return [(learner.fit(x, y, steps).predict_proba(q), labels) for x, y, q, labels in zip(*(t.numpy() for t in tasks))]
 
@@ -66,6 +66,15 @@ def test_numbers_are_those_of_the_learner_task_by_task(trained: Path, tmp_path: 
     ece = sum(abs(correct[mine].mean() - confidence[mine].mean()) * mine.mean() for m in range(BINS)
               if (mine := (confidence > m / BINS) & (confidence <= (m + 1) / BINS)).any())
     assert found["ece"] == pytest.approx(ece, abs=0.01) and ece > 0.02
+
+
+def test_fewer_ways_take_the_models_first_outputs(trained: Path):
+    found = measured(trained, "--task.ways", 2)
+    answers = by_hand(trained, 1, 1, 2)
+    assert all(p.shape == (6, 2) for p, _ in answers) and found["ways"] == 2
+    assert found["accuracy"] == pytest.approx(np.mean([(p.argmax(1) == y).mean() for p, y in answers]), abs=0.01)
+    assert found["loss"] == pytest.approx(np.mean([-np.log(p[range(6), y]).mean() for p, y in answers]), rel=1e-3)
+    assert found["out"] == str(trained / "evaluation-test-ways2")
 
 
 @pytest.mark.parametrize(("logits", "expected"), (
@@ -143,7 +152,8 @@ def test_why_it_is_not_in_mlflow_is_one_line(trained: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("arguments", "words"), (
-    (("--task.ways", 5), f"task.ways: 5 is not what the run was trained with, {WAYS}"),
+    (("--task.ways", 5), f"task.ways: 5 is more than the {WAYS} that the model has outputs for"),
+    (("--task.ways", 1), "task.ways: 1 must be 2 or more"),
     (("--model.channels", 4), "model.channels: 4 is not what the run was trained with, 8"),
     (("--rates.alpha", 1), "rates.alpha: 1.0 is not what the run was trained with"),
     (("--task.shots", 18), "task.shots + task.queries: 18 + 3 is more than the 20 drawings"),
@@ -160,3 +170,14 @@ def test_a_run_with_a_rate_for_each_step_is_evaluated_with_more_steps(tmp_path: 
             "--iterations", 3, "--evaluation.tasks", 8, "--tracking.uri", "disabled", "--run_dir", tmp_path)
     found = measured(tmp_path, "--inner.steps", 4, "--tracking.uri", "disabled")
     assert found["curve"]["steps"] == [0, 1, 2, 3, 4] and len(set(found["curve"]["loss"])) == 5
+
+
+def test_a_run_of_mixed_sizes_is_evaluated_with_full_tasks_of_any(tmp_path: Path, omniglot_root: str):
+    succeed("train", "--data.name", "omniglot", "--data.root", omniglot_root, "--task.ways", 4, "--task.min_ways", 3,
+            "--task.shots", 3, "--task.min_shots", 2, "--task.queries", 2, "--task.batch", 4, "--iterations", 3,
+            "--evaluation.tasks", 8, "--tracking.uri", "disabled", "--run_dir", tmp_path)
+    common = ("--tracking.uri", "disabled")
+    assert measured(tmp_path, *common)["out"] == str(tmp_path / "evaluation-test")
+    found = measured(tmp_path, *common, "--task.ways", 2, "--task.shots", 1)
+    assert found["out"] == str(tmp_path / "evaluation-test-ways2-shots1")
+    assert found["loss"] == pytest.approx(math.log(2), abs=0.1), "not chance among two"

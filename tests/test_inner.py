@@ -89,6 +89,53 @@ def unrolled(problem: Small, names: list[str], rate_of: dict, steps: int, clip: 
     return dict(zip(theta, found)), list(found[len(theta):])
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("recompute", (False, True))
+def test_what_is_per_step_is_exact(recompute: bool, way: str):
+    problem, generator, h = Small("conv4"), torch.Generator().manual_seed(5), 1e-7
+    names = inner.stepped(problem.theta, "*norm*")
+    assert len(names) == 8
+    for name in names:
+        p = problem.theta[name]
+        problem.theta[name] = p + 0.1 * torch.randn(3, *p.shape, generator=generator, dtype=torch.float64)
+    loop = InnerLoop(3, "second", inner.chosen(problem.theta, "all", names), recompute=recompute, per_step=names,
+                     weights=torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))
+    total = measured(problem, problem.alpha, loop, way)
+    assert all(total.gradient[name].shape == p.shape for name, p in problem.theta.items())
+    v = {n: random_like(p, generator) for n, p in problem.theta.items()}
+    length, norm = dot(v, v).sqrt(), dot(total.gradient, total.gradient).sqrt()
+    v = {n: x / length + total.gradient[n] / norm for n, x in v.items()}
+    ahead, behind = (total_loss(problem, {n: p + s * v[n] for n, p in problem.theta.items()}, problem.alpha, loop)
+                     for s in (h, -h))
+    assert float(ahead - behind) / (2 * h) == pytest.approx(float(dot(total.gradient, v)), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_per_step_is_a_plain_loop_in_which_step_k_has_its_own(way: str):
+    """The queries take the last step's."""
+    problem, generator, steps = Small("conv4"), torch.Generator().manual_seed(6), 2
+    names = inner.stepped(problem.theta, "*norm*")
+    own = {n: [(problem.theta[n] + 0.1 * random_like(problem.theta[n], generator)).requires_grad_() for _ in range(steps)]
+           for n in names}
+    adapted = {n: p.clone().requires_grad_() for n, p in problem.theta.items() if n not in names}
+    total = 0.0
+    for b in range(3):
+        task, phi = problem.task(b), adapted
+        for k in range(steps):
+            given = phi | {n: own[n][k] for n in names}
+            loss = problem.loss(problem.apply(given, task.support_x), task.support_y)[0]
+            gradients = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            phi = {n: p - problem.alpha * g for (n, p), g in zip(phi.items(), gradients)}
+        given = phi | {n: own[n][-1] for n in names}
+        total = total + problem.loss(problem.apply(given, task.query_x), task.query_y)[0]
+    found = torch.autograd.grad(total, [*adapted.values(), *(p for ps in own.values() for p in ps)])
+    expected = dict(zip(adapted, found)) | {
+        n: torch.stack(found[len(adapted) + steps * i :][:steps]) for i, n in enumerate(names)}
+    problem.theta |= {n: torch.stack(ps).detach() for n, ps in own.items()}
+    loop = InnerLoop(steps, adapted=inner.chosen(problem.theta, "all", names), per_step=names)
+    assert same(measured(problem, problem.alpha, loop, way).gradient, expected)
+
+
 def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).norm() <= 1e-12 * b.norm())
 
@@ -180,7 +227,19 @@ def test_a_pattern_that_matches_nothing_names_what_there_is():
         inner.chosen(NAMES, "blocks.*,haed.*")
 
 
+def test_what_is_per_step_does_not_adapt():
+    assert inner.stepped(NAMES, None) == () and inner.stepped(NAMES, "*norm*") == NAMES[1:2]
+    assert inner.chosen(NAMES, "all", NAMES[1:2]) == (NAMES[0], *NAMES[2:])
+    assert inner.chosen(NAMES, "body", NAMES[1:2]) == (NAMES[0], NAMES[2])
+    with pytest.raises(InputError, match="inner.adapts: head leaves nothing to adapt beside inner.per_step"):
+        inner.chosen(NAMES, "head", NAMES[3:])
+    with pytest.raises(InputError, match="inner.per_step: 'nrm' matches none of the model's tensors"):
+        inner.stepped(NAMES, "nrm")
+
+
 def test_more_steps_than_in_training_take_the_last_steps_rates():
     loop, theta = InnerLoop(2, alpha_shape="layer_step"), {"a": torch.zeros(3), "b": torch.zeros(2)}
     alpha = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert inner.rates_of_step(alpha, loop, theta, 7) == inner.rates_of_step(alpha, loop, theta, 1) == {"a": 3.0, "b": 4.0}
+    loop, theta = InnerLoop(2, per_step=("b",)), {"a": torch.zeros(3), "b": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    assert inner.params_of_step(theta, loop, 7)["b"].tolist() == [3.0, 4.0] and loop.per_step

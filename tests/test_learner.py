@@ -77,6 +77,20 @@ def test_a_regression_learns_its_curve(curves: Path):
     assert learner.predict(x).shape == (40, 1) and after < before
 
 
+def test_what_each_step_has_of_its_own_is_put_to_use(tmp_path: Path):
+    folder, file = tmp_path / "run", tmp_path / "weights.safetensors"
+    succeed("train", "--iterations", 30, "--task.batch", 4, "--evaluation.tasks", 20, "--tracking.uri", "disabled",
+            "--inner.steps", 2, "--inner.per_step", "layers.*.bias", "--rates.alpha_shape", "layer_step", "--run_dir", folder)
+    measured = json.loads(succeed("evaluate", "--run_dir", folder, "--evaluation.tasks", 20, "--inner.steps", 3).stdout)
+    tasks = [t.numpy() for t in problem_of(folder)[0].source.batch("test", 0, torch.arange(20))]
+    load(folder).save(file)
+    learner = load(file)
+    for steps, expected in enumerate(measured["curve"]["loss"]):
+        losses = [np.square(learner.fit(x, y, steps).predict(q) - answer).mean() for x, y, q, answer in zip(*tasks)]
+        assert np.mean(losses) == pytest.approx(expected, rel=1e-4)
+    assert learner.theta["layers.1.bias"].shape == (2, 40) and learner.phi["layers.1.bias"].shape == (40,)
+
+
 @pytest.mark.parametrize(("arguments", "words"), (
     ((np.zeros((2, 1, 28, 28)), [0]), "support_y has 1 entries, support_x 2"),
     ((np.zeros((2, 28, 28)), [0, 1]), r"support_x has shape \(2, 28, 28\), it must be \[n, 1, 28, 28\]"),

@@ -67,7 +67,7 @@ def test_a_model_of_ones_own():
     (("test_models:Extra", (2,), 1, 0, None, {"extra": "int64"}), r"a parameter of torch.int64 \(more\)"),
     (("test_models:Extra", (2,), 1, 0, None, {"extra": "float32"}), r"requires no gradient \(more\).*as a buffer"),
     (("test_models:Extra", (2,), 1, 0, None, {"extra": "fails"}), "KeyError: 'no such extra', at test_models.py"),
-    (("conv4", (1, 28, 28), 1, 0, None, {"norm": "frozen"}), "norm 'frozen' must be one of batch, group, layer, none"),
+    (("conv4", (1, 28, 28), 1, 0, None, {"norm": "instance"}), "norm 'instance' must be one of batch, frozen, group, layer"),
     (("resnet12", (1, 8, 8), 1, 0), "8 x 8 are too small"),
     (("test_models:Nothing", (2,), 1, 0), "no parameters"),
     (("conv4_pooled", (1, 8, 8), 1, 0), "8 x 8 are too small"),

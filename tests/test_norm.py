@@ -8,6 +8,7 @@ from exactness import assert_exact, query_loss, relative
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+import models
 from models.norm import MODES, Norm
 
 
@@ -25,6 +26,19 @@ def test_a_group_has_sixteen_channels_or_more(channels: int, groups: int):
     assert Norm(channels, "group").groups == groups
 
 
+@pytest.mark.parametrize("name", ("conv4", "conv4_pooled", "resnet12"))
+def test_frozen_norms_start_as_batch_norm_of_the_given_images_and_keep_its_statistics(name: str):
+    batch, frozen = (Small(name, norm=mode, channels=8).model for mode in ("batch", "frozen"))
+    images = torch.rand(20, 1, 16, 16, dtype=torch.float64)
+    before = frozen(images)
+    models.calibrate(frozen, lambda: images)
+    assert not torch.allclose(before, batch(images), rtol=0.1), "the norms would have nothing to do"
+    assert torch.allclose(frozen(images), batch(images), rtol=1e-9)
+    assert torch.allclose(frozen(images[:3]), batch(images)[:3], rtol=1e-9)
+    assert frozen.training and not any(module._forward_pre_hooks for module in frozen.modules())
+    models.calibrate(batch, lambda: pytest.fail("asked for images that no norm needs"))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_only_batch_norm_is_transductive(mode: str):
     """What an image gives alone, and beside others."""
@@ -37,7 +51,8 @@ def test_only_batch_norm_is_transductive(mode: str):
 @pytest.mark.parametrize("steps", (1, 2))
 @pytest.mark.parametrize(("name", "mode", "channels"), (
     ("conv4", "group", 32), ("conv4", "layer", 4), ("conv4", "none", 4), ("conv4_pooled", "none", 4), ("conv4", "batch", 4),
-    ("resnet12", "group", 8), ("resnet12", "layer", 2), ("resnet12", "none", 2)))
+    ("conv4", "frozen", 4), ("conv4_pooled", "frozen", 4), ("resnet12", "frozen", 2), ("resnet12", "group", 8),
+    ("resnet12", "layer", 2), ("resnet12", "none", 2)))
 def test_meta_gradients_are_exact(name: str, mode: str, channels: int, steps: int):
     problem, generator = Small(name, norm=mode, channels=channels), torch.Generator().manual_seed(2)
     problem.alpha = problem.alpha / 20  # larger inner steps carry ReLUs over their kinks within a difference

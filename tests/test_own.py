@@ -10,6 +10,7 @@ from conftest import newest_state
 from processes import ROOT, run, succeed
 from test_data import same
 
+import models
 from data.errors import InputError
 from data.own import Own
 from data.tasks import TaskSizes
@@ -149,6 +150,21 @@ def test_what_is_wrong_is_one_line(name: str, sizes: tuple, args: dict, words: s
 def test_what_is_no_class_is_one_line(name: str):
     with pytest.raises(InputError, match="data.name|data.args"):
         Own(name, {}, TaskSizes(5, 1, 1), 0, torch.float32, torch.device("cpu"), print)
+class Breaks(Blobs):
+    def __init__(self):
+        raise RuntimeError("no connection. Try later")
+
+
+def test_what_the_users_code_raises_is_one_line_for_data_and_models_alike(tmp_path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "breaks_at_import.py").write_text("\nraise RuntimeError('no licence\\nat all')\n")
+    wanted = r": 'breaks_at_import:A' cannot be imported \(RuntimeError: no licence, at breaks_at_import.py:2\); it must be"
+    with pytest.raises(InputError, match="data.name" + wanted):
+        Own("breaks_at_import:A", {}, TaskSizes(5, 1, 1), 0, torch.float64, CPU, print)
+    with pytest.raises(InputError, match="model.name" + wanted):
+        models.build("breaks_at_import:A", (4,), 5, 0)
+    with pytest.raises(InputError, match=r"data.args: test_own:Breaks .*RuntimeError: no connection, at test_own.py:\d+\)"):
+        own("Breaks", TaskSizes(5, 1, 1))
 
 
 def test_a_wrong_data_set_ends_the_command_with_2(tmp_path: Path):

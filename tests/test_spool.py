@@ -1,13 +1,16 @@
-"""The run's folder when what is in it is damaged, or another run's."""
+"""The run's folder: what is on it is whole, a fault says which file it was, damage and another run's lines are named."""
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import wrong
 
-from data.errors import InputError
+from data.errors import InputError, naming
 from trainer import spool
 
 
@@ -51,3 +54,23 @@ def test_a_run_with_another_runs_lines_is_left_as_it_is(tmp_path: Path):
     (tmp_path / spool.METRICS).write_bytes(line(1) + line(2) + line(1) + line(2))
     assert "metrics.jsonl is damaged" in wrong("train", "--tracking.uri", "disabled", "--iterations", 3, "--run_dir", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl"]
+
+
+def test_a_recorder_goes_on_behind_the_last_whole_line(tmp_path: Path):
+    (tmp_path / spool.METRICS).write_bytes(b'{"step": 1, "timestamp": 0}\n{"step": 2, "timest')
+    recorder = spool.Recorder(tmp_path, ("loss/train",), 4)
+    for step in (1, 2, 3):  # the first is repeated: it stands already
+        recorder.add(step, torch.tensor([0.5, 0.0]))
+    recorder.flush()
+    recorder.close()
+    assert [line["step"] for line in spool.read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path: Path):
+    (tmp_path / "full.json").mkdir()  # nothing replaces a folder
+    with pytest.raises(OSError):
+        spool.write_json(tmp_path / "full.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["full.json"]
+    with pytest.raises(OSError) as error, naming(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert error.value.filename == str(tmp_path / "x")

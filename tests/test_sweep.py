@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import newest_state
+from conftest import newest_state, started
 from processes import run, succeed
 
 from data.errors import InputError
@@ -55,6 +55,28 @@ def test_a_sweep_is_done_once_in_one_store_one_table_and_one_figure(tmp_path: Pa
         succeed("report", "--sweep", folder, "--out", tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000 and (tmp_path / "map.svg").is_file()
     assert len(list(folder.glob("mlartifacts/*/artifacts/figures/map.png"))) == 1
+
+
+def test_a_second_sweep_of_the_same_folder_is_one_line(tmp_path: Path, background):
+    arguments = ("sweep", *SMALL, *GRID, "--iterations", 100_000, "--tracking.uri", "disabled", "--run_dir", tmp_path / "s")
+    first = background(*arguments)
+    started(first, tmp_path / "s/rates.alpha=0.001,rates.beta=0.01,seed=0", 5)
+    for more in ((), ("--jobs", 2)):
+        assert "is in use by a running job" in wrong(*arguments[1:], *more)
+    first.terminate()
+    assert first.wait(60) == 143
+
+
+def test_two_sweeps_of_one_name_at_once_share_a_store(tmp_path: Path, background):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    both = [background("sweep", *SMALL, "--grid", "rates.alpha=1e-3,1e-1", "--seed", seed, "--tracking.uri", store,
+                       "--run_dir", tmp_path / place / "name") for seed, place in enumerate("ab")]
+    assert [sweeping.wait(240) for sweeping in both] == [0, 0], (tmp_path / "output.0").read_text()
+    for place in "ab":
+        assert {row["status"] for row in sweep.read_table(tmp_path / place / "name")} == {"FINISHED"}
+    with sqlite3.connect(tmp_path / "mlflow.db") as found:
+        assert found.execute("select count(*) from tags where key = 'sweep' and value = 'name'").fetchone() == (4,)
+        assert found.execute("select count(*) from runs where status = 'FINISHED'").fetchone() == (4,)
 
 
 def test_a_cell_that_diverges_is_a_result(tmp_path: Path):

@@ -7,6 +7,7 @@ does not hold the interpreter lock: training goes on meanwhile (tests/benchmarks
 """
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import InputError, naming
 
 MANIFEST, TENSORS = "manifest.json", "state.safetensors"
 
@@ -49,27 +50,40 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises what a save has met so far, once."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error
 
 
 def save(folder: Path, iteration: int, state: dict[str, Tensor], about: dict, keep: int) -> Path:
-    """Writes `state` (name -> tensor) and `about` (JSON) as `folder`/<iteration>, then prunes to the `keep` newest."""
+    """Writes `state` (name -> tensor) and `about` (JSON) as `folder`/<iteration>, then prunes to the `keep` newest.
+
+    Raises OSError where it cannot be written; then nothing of it is left.
+    """
     final = folder / f"{iteration:08d}"
     partial = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    safetensors.torch.save_file({name: t.contiguous() for name, t in state.items()}, partial / TENSORS)
-    manifest = {"iteration": iteration, "files": {TENSORS: _digest(partial / TENSORS)}, **about}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    shutil.copymode(partial / MANIFEST, partial / TENSORS)  # the user's umask, where safetensors makes it the owner's alone
-    for path in partial.iterdir():
-        _sync(path)
-    _sync(partial)
-    shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: a good one is resumed from, not written again
-    partial.rename(final)
-    _sync(folder)
+    try:
+        with naming(final):
+            partial.mkdir(parents=True)
+            safetensors.torch.save_file({name: t.contiguous() for name, t in state.items()}, partial / TENSORS)
+            manifest = {"iteration": iteration, "files": {TENSORS: _digest(partial / TENSORS)}, **about}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            shutil.copymode(partial / MANIFEST, partial / TENSORS)  # the user's umask: safetensors makes it the owner's alone
+            for path in partial.iterdir():
+                _sync(path)
+            _sync(partial)
+            shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: a good one is resumed from, not written again
+            partial.rename(final)
+            _sync(folder)
+    except safetensors.SafetensorError as error:  # its writer's word for what the system said
+        raise OSError(errno.EIO, str(error), str(final)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for old in saved(folder)[:-keep]:
         shutil.rmtree(old)
     for aside in folder.glob(".*"):  # what a save that was killed left behind

@@ -1,11 +1,25 @@
 """Where ranks meet: the shard of the task batch, sums, and rank 0's word."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data.errors import Failure
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Around what all ranks do at once; raises Failure where one of them does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Failure("another rank has ended, or did not answer within engine.timeout "
+                      f"({str(error).splitlines()[0][:160]})") from error
 
 
 @dataclass(frozen=True)
@@ -26,7 +40,8 @@ def broadcast(tensors: tuple[Tensor, ...], world: World) -> tuple[Tensor, ...]:
     """Rank 0's small tensors (any float type, made float64) on every rank, in one message."""
     packed = torch.cat([t.double().flatten() for t in tensors])
     if world.size > 1:
-        dist.broadcast(packed, 0)
+        with _together():
+            dist.broadcast(packed, 0)
     return tuple(part.view(t.shape) for t, part in zip(tensors, packed.split([t.numel() for t in tensors])))
 
 
@@ -34,15 +49,16 @@ def broadcast_state(tensors: dict[str, Tensor], number: int, world: World) -> in
     """Rank 0's tensors into every rank's, in place, and rank 0's number."""
     if world.size == 1:
         return number
-    for tensor in tensors.values():
-        dist.broadcast(tensor, 0)
     packed = torch.tensor(number, device=world.device)
-    dist.broadcast(packed, 0)
+    with _together():
+        for tensor in (*tensors.values(), packed):
+            dist.broadcast(tensor, 0)
     return int(packed)
 
 
 def sum_in_place(tensor: Tensor, world: World) -> Tensor:
     if world.size > 1:
-        dist.all_reduce(tensor)
+        with _together():
+            dist.all_reduce(tensor)
     return tensor
 

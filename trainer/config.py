@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from data.errors import InputError, one_line, reading
-from trainer.keys import Config, keys, spelled
+from trainer.keys import UNION, Config, keys, spelled
 
 IMAGE_MODELS = ("conv4", "conv4_pooled", "resnet12")
 NODES = 10_000  # values that a file may hold, those that aliases repeat counted each time
@@ -27,7 +27,7 @@ NODES = 10_000  # values that a file may hold, those that aliases repeat counted
 
 def _converted(value: Any, kind: Any) -> Any:
     """`value` as `kind`; raises ValueError where it is not one."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in UNION:
         if value is None:
             return None
         return _converted(value, next(k for k in typing.get_args(kind) if k is not types.NoneType))
@@ -213,6 +213,9 @@ def check_together(config: Config) -> None:
             if not rates.minimum <= value <= rates.maximum:
                 raise InputError(f"rates.{name}: {value} must lie within rates.minimum {rates.minimum} and rates.maximum "
                                  f"{rates.maximum} under rule adaptive; change it or the bounds")
+    if config.inner.per_step is not None and config.inner.order == "reptile":
+        raise InputError(f"inner.per_step: {config.inner.per_step} is learned by the meta-gradient, and inner.order reptile "
+                         "moves only what adapts; leave it out, or use order second or first")
     if config.inner.recompute and config.model.randomness != "error":
         raise InputError("inner.recompute: true would draw model.randomness anew where it computes anew; leave it null, or set "
                          "model.randomness to error")

@@ -34,9 +34,11 @@ class InnerLoop(NamedTuple):
     recompute: bool | None = None  # inner steps anew in the backward sweep; None: above RECOMPUTE_ABOVE steps
     randomness: str = "error"  # in vmap's words: what the model may draw: nothing, "different" for each task, or the "same"
     seed: int = 0  # of that: for the shard's first task, the next task's is one more, or for all
+    per_step: tuple[str, ...] = ()  # names of theta's tensors that have an axis of inner steps in front
 
 
-def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: torch.device, seed: int = 0) -> InnerLoop:
+def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: torch.device, seed: int = 0,
+       per_step: tuple[str, ...] = ()) -> InnerLoop:
     """The inner loop of the iteration (counted from 0): MAML++'s two annealings (sections 3 and 4) start from a cheaper and a
     smoother objective and end at MAML's own. `seed` is the model's for iteration 0."""
     inner = config.inner
@@ -47,30 +49,51 @@ def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: 
         weights = torch.full((inner.steps,), early, dtype=torch.float64, device=device)
         weights[-1] = 1 - (inner.steps - 1) * early
     recompute = inner.recompute if config.model.randomness == "error" else False  # computing anew would draw anew
-    return InnerLoop(inner.steps, order, adapted, config.rates.alpha_shape, inner.clip, inner.weight_decay, weights, recompute,
-                     config.model.randomness, seed + config.task.batch * iteration)
+    shape = config.rates.alpha_shape or ("layer" if config.rates.rule == "adaptive" else "scalar")
+    return InnerLoop(inner.steps, order, adapted, shape, inner.clip, inner.weight_decay, weights, recompute,
+                     config.model.randomness, seed + config.task.batch * iteration, per_step)
 
 
-def chosen(names: Iterable[str], adapts: str) -> tuple[str, ...] | None:
-    """The tensors that `inner.adapts` names, None for all. The head is the module that holds theta's last tensor: head alone is
-    ANIL (Raghu et al. 2020), everything else BOIL (Oh et al. 2021). Raises InputError where nothing is left."""
+def chosen(names: Iterable[str], adapts: str, per_step: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+    """The tensors that `inner.adapts` names but for those `per_step`, None for all. The head is the module that holds theta's
+    last tensor: head alone is ANIL (Raghu et al. 2020), everything else BOIL (Oh et al. 2021). Raises InputError where nothing
+    is left."""
     names = list(names)
     head = names[-1].rpartition(".")[0]
     if adapts == "all":
-        return None
-    if adapts in ("head", "body"):
+        found = names
+    elif adapts in ("head", "body"):
         found = [name for name in names if (name.rpartition(".")[0] == head) == (adapts == "head")]
     else:
-        patterns = [pattern.strip() for pattern in adapts.split(",")]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-                raise InputError(f"inner.adapts: {pattern!r} matches none of the model's tensors ({shown}); use all, head, "
-                                 "body, or patterns of these")
-        found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        found = matching(names, adapts, "inner.adapts", "use all, head, body, or patterns of these")
+    found = [name for name in found if name not in per_step]
     if not found:
-        raise InputError(f"inner.adapts: {adapts} leaves nothing to adapt in a model of one module; use all")
+        raise InputError(f"inner.adapts: {adapts} leaves nothing to adapt" + (
+            " beside inner.per_step; narrow that" if per_step else " in a model of one module; use all"))
     return None if found == names else tuple(found)
+
+
+def matching(names: Iterable[str], patterns: str, key: str, remedy: str) -> list[str]:
+    """The names that one of the patterns, divided by commas, matches; raises InputError where a pattern matches none."""
+    names, patterns = list(names), [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise InputError(f"{key}: {pattern!r} matches none of the model's tensors ({shown}); {remedy}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def stepped(names: Iterable[str], per_step: str | None) -> tuple[str, ...]:
+    """The tensors that `inner.per_step` names. Raises InputError."""
+    return () if per_step is None else tuple(matching(names, per_step, "inner.per_step", "use patterns of these, or null"))
+
+
+def params_of_step(phi: Params, loop: InnerLoop, k: int, axes: int = 0) -> Params:
+    """phi as the model takes it in step k, and for the queries after it: what is per step without the axis of steps, which
+    stands behind `axes` others. Steps beyond those trained take the last one's."""
+    if not loop.per_step:
+        return phi
+    return phi | {name: phi[name].select(axes, min(k, phi[name].shape[axes] - 1)) for name in loop.per_step}
 
 
 def alpha_sizes(loop: InnerLoop, theta: Params) -> tuple[int, ...]:

@@ -70,6 +70,9 @@ class Inner:
         "second", "of the meta-gradient: second is exact, first drops the Hessian, reptile takes the displacement itself")
     adapts: str = key("all", "what moves within a task: all, head (ANIL), body (BOIL), or patterns of tensors' names, as in "
                       "blocks.3.*,head.*", NOT_EMPTY)
+    per_step: str | None = key(
+        None, "patterns of tensors' names of which each inner step has its own, learned and not adapted, such as *norm*: "
+        "MAML++'s gains and shifts", NOT_EMPTY)
     clip: float = key(0.0, "largest norm of a task's inner gradient; 0 is none", NOT_NEGATIVE)
     weight_decay: float = key(0.0, "of the inner loop: weight_decay / 2 |phi|^2 beside the support loss", NOT_NEGATIVE)
     multi_step_iterations: int = key(
@@ -95,8 +98,9 @@ class Outer:
 @dataclass(frozen=True)
 class Rates:
     rule: Literal["adaptive", "paper", "fixed"] = key("adaptive", "how alpha and beta move")
-    alpha_shape: Literal["scalar", "layer", "layer_step", "parameter"] = key(
-        "scalar", "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number")
+    alpha_shape: Literal["scalar", "layer", "layer_step", "parameter"] | None = key(
+        None, "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number; null is "
+        "layer under rule adaptive, else scalar")
     alpha: float = key(0.01, "first inner rate", POSITIVE)
     beta: float = key(0.001, "first meta rate", POSITIVE)
     alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
@@ -152,6 +156,9 @@ class Config:
     precision: Literal["float32", "float64"] = key("float32", "of theta and of every product on the way to it")
     compile: bool = key(False, "the meta-gradient as one graph of torch.compile: a minute at the first start, kept for later "
                         "ones; for models without forward_tasks, and small ones")
+    on_nonfinite: Literal["skip", "halve", "stop"] = key(
+        "skip", "an iteration whose loss, gradient or step is not finite never moves theta; skip: rule adaptive halves alpha; "
+        "halve: alpha and beta are halved under every rule; stop: the run ends")
     loss_threshold: float = key(2.5, "iterations_to_threshold counts until the training loss is under this", POSITIVE)
     run_dir: str | None = key(None, "folder of the run; null derives it from the configuration", NOT_EMPTY)
 
@@ -171,11 +178,14 @@ def default(item: Any) -> Any:
     return item.default if item.default is not MISSING else item.default_factory()
 
 
+UNION = (types.UnionType, typing.Union)  # the origins of `int | None` and of `Literal[...] | None`
+
+
 def spelled(kind: Any) -> str:
     """A type as a user would say it."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in UNION:
         return " or ".join(spelled(k) for k in typing.get_args(kind))
     return {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", dict: "a mapping",
             types.NoneType: "null"}[kind]

@@ -20,6 +20,8 @@ from trainer.inner import Params
 from trainer.keys import Config
 from trainer.maml import adapt
 
+ALPHA = "rates.alpha"  # in a checkpoint, and in a saved learner's file
+
 
 class Learner:
     """scikit-learn's habit: `fit` adapts to a task's support set, `predict` answers for its queries.
@@ -31,7 +33,9 @@ class Learner:
     def __init__(self, config: Config, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor,
                  input_shape: tuple[int, ...], outputs: int, regression: bool):
         self.config, self.apply, self.loss, self.theta, self.alpha = config, apply, loss, theta, alpha
-        self.loop = inner.at(config, inner.chosen(theta, config.inner.adapts), config.iterations, alpha.device)
+        per_step = inner.stepped(theta, config.inner.per_step)
+        self.loop = inner.at(config, inner.chosen(theta, config.inner.adapts, per_step), config.iterations, alpha.device,
+                             per_step=per_step)
         self.input_shape, self.outputs, self.regression = input_shape, outputs, regression
         self.classes_: np.ndarray | None = None  # of the task, sorted
         self.phi: Params | None = None
@@ -95,13 +99,12 @@ class Learner:
                 *([name, label, *(f"{p:.6f}" for p in row)] for name, label, row in zip(names, labels, values))]
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file that `load` reads: theta under the names of the model's own parameters, a state_dict of
-        it, and in the metadata `alpha`, `inner.steps` and `config`, the keys that decided theta, as JSON. Raises OSError."""
-        facts = {"alpha": self.alpha.tolist(), "inner.steps": self.config.inner.steps,
-                 "config": configuration.trajectory(self.config)}
-        theta = {name: p.contiguous() for name, p in self.theta.items()}
+        """Writes one safetensors file that `load` reads: theta under the names of the model's own parameters, alpha as ALPHA,
+        and in the metadata `inner.steps` and `config`, the keys that decided theta, as JSON. Raises OSError."""
+        facts = {"inner.steps": self.config.inner.steps, "config": configuration.trajectory(self.config)}
+        tensors = {name: p.contiguous() for name, p in self.theta.items()} | {ALPHA: self.alpha}
         metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
-        Path(path).write_bytes(safetensors.torch.save(theta, metadata))
+        Path(path).write_bytes(safetensors.torch.save(tensors, metadata))
 
     def _outputs(self, params: Params, x: Tensor) -> Tensor:
         """Of the classes that the task has; the others' outputs take no part."""
@@ -137,6 +140,7 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
     kind = data.described(config.data, config.task.ways)
     model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
                          config.model.args)
+    models.for_each_step(model, inner.stepped(dict(model.named_parameters()), config.inner.per_step), config.inner.steps)
     needed = dict(model.named_parameters())
     if any(name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point()
            for name, p in needed.items()):
@@ -148,7 +152,7 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
     sizes = inner.alpha_sizes(learner.loop, theta)
     if alpha.shape != sizes:
         raise InputError(f"run_dir: {path} holds an alpha of shape {list(alpha.shape)}, rates.alpha_shape "
-                         f"{config.rates.alpha_shape} has {list(sizes)}; use the file as it was written")
+                         f"{learner.loop.alpha_shape} has {list(sizes)}; use the file as it was written")
     return learner
 
 
@@ -159,16 +163,17 @@ def _trained(folder: Path) -> tuple[Config, Params, Tensor]:
         raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
     state = checkpoint.read(path)
     prefix = "outer.average." if any(name.startswith("outer.average.") for name in state) else "theta."
-    alpha = state.get("rates.alpha", torch.empty(0))
+    alpha = state.get(ALPHA, torch.empty(0))
     return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, alpha
 
 
 def _saved(path: Path) -> tuple[Config, Params, Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            facts = {name: json.loads(file.metadata()[name]) for name in ("config", "alpha")}
+            config = json.loads(file.metadata()["config"])
             theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, not a dict
-        return configuration.of(facts["config"], f"in {path}", {}), theta, torch.tensor(facts["alpha"], dtype=torch.float64)
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        alpha = theta.pop(ALPHA)
+        return configuration.of(config, f"in {path}", {}), theta, alpha
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: is not a whole file of `alpha-maml export` ({type(error).__name__}: {error}); write it "
                          "again") from None

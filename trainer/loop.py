@@ -6,7 +6,7 @@ import platform
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +29,10 @@ from trainer.keys import Config
 from trainer.maml import VMAP_INPUTS, Apply, MetaGradient, each_task, meta_gradient, one_task
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
-           "hypergradients/beta", "guards/skipped")
-ALPHA, BETA, SKIPPED = (METRICS.index(name) for name in ("rates/alpha", "rates/beta", "guards/skipped"))
+           "hypergradients/beta", "guards/skipped", "guards/nonfinite")
+ALPHA, BETA, SKIPPED, NONFINITE = (
+    METRICS.index(name) for name in ("rates/alpha", "rates/beta", "guards/skipped", "guards/nonfinite"))
+CALIBRATING = 16  # tasks whose support sets set frozen norms: at any number of ranks the same
 HOPELESS = 50  # skipped iterations in a row after which a run has diverged: more than halving alpha from 10 to 1e-6 takes
 
 
@@ -54,9 +56,10 @@ class Problem:
     chunk: int = 0  # tasks differentiated at once; 0 is automatic
     adapted: tuple[str, ...] | None = None  # the tensors that move within a task; None: all
     draw_seed: int = 0  # of what the model draws in iteration 0: for this rank's first task, or for all tasks
+    per_step: tuple[str, ...] = ()  # the tensors of which each inner step has its own
 
     def inner(self, iteration: int) -> InnerLoop:
-        return inner.at(self.config, self.adapted, iteration, self.world.device, self.draw_seed)
+        return inner.at(self.config, self.adapted, iteration, self.world.device, self.draw_seed, self.per_step)
 
 
 class State(NamedTuple):
@@ -83,21 +86,24 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
         """2: beta_t, before theta moves; 4: alpha_{t+1}. Rank 0 decides, every rank obeys."""
         signals, usable = rates.signals(config.rates.rule, total, batch if config.task.reduction == "mean" else 1)
-        new = rates.update(config.rates, state.rates, signals, usable) if world.rank == 0 else state.rates
-        *new, usable = broadcast((*new, usable), world)
-        decided.extend((total, signals, rates.Rates(*new), usable > 0))
+        new, finite = state.rates, usable
+        if world.rank == 0:
+            new, usable, finite = rates.guarded(config, state.rates, total, signals, usable)
+        *new, usable, finite = broadcast((*new, usable, finite), world)
+        decided.extend((total, signals, rates.Rates(*new), usable > 0, finite > 0))
         return decided[2].beta, decided[3]
 
     state.engine.step(local, stop, decide)  # the sums over all ranks, the decision, 3: theta_t
-    total, signals, new, usable = decided
+    total, signals, new, usable, finite = decided
     values = torch.stack([x.double() for x in (
         total.sums.loss / batch, total.sums.support_loss / batch, total.sums.accuracy / batch, state.rates.alpha.mean(),
-        new.beta, signals.alpha_gradient.sum(), -signals.product, ~usable, total.stopping)])
+        new.beta, signals.alpha_gradient.sum(), -signals.product, ~usable, ~finite, total.stopping)])
     return State(state.engine, new, state.iteration + 1), values
 
 
-def set_up(config: Config, world: World) -> tuple[Problem, State]:
-    """Everything the first iteration needs; raises InputError for what the configuration gets wrong."""
+def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, State]:
+    """Everything the first iteration needs; raises InputError for what the configuration gets wrong. The model has `outputs`
+    outputs where the tasks ask for fewer."""
     task, dtype = config.task, getattr(torch, config.precision)
     if world.size > task.batch:
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
@@ -105,10 +111,16 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
     sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
     source = data.build(config.data, Path(pooch.os_cache("alpha-maml")), sizes, config.seed, dtype, world.device,
                         say if world.rank == 0 else lambda line: None)
-    model = models.build(config.model.name, source.input_shape, source.outputs, config.seed, config.model.channels,
+    outputs = max(outputs, source.outputs)
+    model = models.build(config.model.name, source.input_shape, outputs, config.seed, config.model.channels,
                          config.model.args).to(world.device, dtype)
-    models.check(config.model.name, model, source.input_shape, source.outputs, config.model.randomness,
-                 config.inner.order == "second")
+    if ":" in config.model.name:  # ours are held against this by the tests, and torch.func takes a second to import
+        models.check(config.model.name, model, source.input_shape, outputs, config.model.randomness,
+                     config.inner.order == "second")
+    some = torch.arange(CALIBRATING, device=world.device)
+    models.calibrate(model, lambda: source.batch("train", 0, some).support_x.flatten(0, 1))
+    per_step = inner.stepped(dict(model.named_parameters()), config.inner.per_step)
+    models.for_each_step(model, per_step, config.inner.steps)
     skeleton, indices = models.skeleton(model), world.shard(task.batch)  # theta lives in the engine
     if config.engine.name == "deepspeed":
         from trainer.zero import ZeroEngine
@@ -125,9 +137,9 @@ def set_up(config: Config, world: World) -> tuple[Problem, State]:
         forward_tasks, chunk = one_task(train_apply), 1
     draw_seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
     theta = dict(model.named_parameters())
-    way = models.compiled(each_task) if config.compile else each_task
+    way = models.compiled(each_task, sizes.count()) if config.compile else each_task
     problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, way, chunk,
-                      inner.chosen(theta, config.inner.adapts), draw_seed)
+                      inner.chosen(theta, config.inner.adapts, per_step), draw_seed, per_step)
     alpha = inner.alpha_sizes(problem.inner(0), theta)
     return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)
 
@@ -178,7 +190,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
     `started(folder, finished before)` and, on flushed iterations, `watch(iteration, metrics)` are called on rank 0.
     Raises InputError, and Diverged.
     """
-    begun, folder, status, diverged = time.time(), run_dir(config), "FAILED", False
+    begun, folder, status, diverged = time.monotonic(), run_dir(config), "FAILED", False
     with spool.lock(folder) if world.rank == 0 else nullcontext():
         if world.rank == 0:
             check_ownership(folder, config)
@@ -193,16 +205,18 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
         if finished:
             return "FINISHED"
         saver = checkpoint.Saver(folder / "checkpoints", config.checkpoint.keep)
-        try:
-            status = _iterate(problem, state, recorder, saver, stop_requested, watch)
-        except Diverged:
-            diverged = True
-            raise
-        finally:
-            recorder.close()
-            saver.wait()
+        with ExitStack() as ends:  # each of these, whatever another one meets
             if world.rank == 0:
-                conclude(folder, config, world, begun, status, diverged)
+                ends.callback(lambda: conclude(folder, config, world, begun, status, diverged))
+            ends.callback(saver.wait)
+            ends.callback(recorder.close)
+            try:
+                ended = _iterate(problem, state, recorder, saver, stop_requested, watch)
+                saver.wait()  # a run whose last checkpoint cannot be written has not finished
+                status = ended
+            except Diverged:
+                diverged = True
+                raise
     return status
 
 
@@ -217,36 +231,46 @@ def begin(folder: Path, config: Config, problem: Problem, iteration: int) -> Non
 def conclude(folder: Path, config: Config, world: World, begun: float, status: str, diverged: bool) -> None:
     """Leaves in the run's folder how it ended and what came out."""
     facts = {"world_size": world.size, "device": _device_name(world.device), "engine": config.engine.name,
-             "rule": config.rates.rule, "seconds": time.time() - begun, "status": status, "diverged": diverged,
+             "rule": config.rates.rule, "seconds": time.monotonic() - begun, "status": status, "diverged": diverged,
              "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     summary = spool.summarise(spool.read_metrics(folder), config.loss_threshold)
     spool.write_json(folder / "summary.json", summary | facts)
     spool.write_json(folder / "status.json", {"status": status})
 
 
+def hopeless(config: Config, row: list[float], skipped: int) -> bool:
+    """Whether a run ends at an iteration with the values `row`, the last of so many skipped in a row."""
+    return skipped >= HOPELESS or (config.on_nonfinite == "stop" and row[NONFINITE] > 0)
+
+
 def _iterate(problem: Problem, state: State, recorder: spool.Recorder, saver: checkpoint.Saver,
              stop_requested: Callable[[], bool], watch: Callable[[int, dict], None]) -> str:
-    config, world, skipped = problem.config, problem.world, 0
+    config, world, skipped, saved = problem.config, problem.world, 0, state.iteration
     every = 1 if world.device.type == "cpu" else 10  # reading values back makes a GPU wait
     while state.iteration < config.iterations:
         state, values = train_step(problem, state, stop_requested())
         last = state.iteration == config.iterations
         recorder.add(state.iteration, values)
-        if last or _due(config.evaluation.every, state.iteration):
+        if last or _due(config.evaluation.every, state.iteration - 1, state.iteration):
             with recorder.aside():
                 recorder.extend(validate(problem, state))
-        if not (last or _due(every, state.iteration)):
+        if not (last or _due(every, state.iteration - 1, state.iteration)):
             continue
         rows = recorder.flush()
-        skipped = next((i for i, row in enumerate(reversed(rows)) if not row[SKIPPED]), skipped + len(rows))
-        if skipped >= HOPELESS:
-            raise Diverged(f"training diverged: no usable loss in {skipped} iterations up to {state.iteration}, at alpha "
-                           f"{rows[-1][ALPHA]:.3g} and beta {rows[-1][BETA]:.3g}; lower rates.alpha and rates.beta, or use "
-                           "rates.rule adaptive; the last checkpoint is from before")
+        saver.check()
+        for iteration, row in enumerate(rows, state.iteration - len(rows) + 1):
+            skipped = skipped + 1 if row[SKIPPED] else 0
+            if hopeless(config, row, skipped):
+                raise Diverged(f"training diverged at iteration {iteration}, without a usable loss for {skipped}, at alpha "
+                               f"{row[ALPHA]:.3g} and beta {row[BETA]:.3g}; lower rates.alpha and rates.beta, or use "
+                               "rates.rule adaptive; the last checkpoint is from before")
         if world.rank == 0:
             watch(state.iteration, recorder.latest)
         stopping = any(row[-1] for row in rows)  # the same on all ranks, since it came through the all-reduce
-        if last or stopping or _due(config.checkpoint.every, state.iteration):
+        # Not while iterations are skipped: a theta at which nothing is finite would push the good checkpoints out.
+        due = not skipped and _due(config.checkpoint.every, saved, state.iteration)
+        if last or stopping or due:
+            saved = state.iteration
             with recorder.aside():
                 tensors = snapshot(state)
                 if world.rank == 0:
@@ -256,8 +280,9 @@ def _iterate(problem: Problem, state: State, recorder: spool.Recorder, saver: ch
     return "FINISHED"
 
 
-def _due(every: int, iteration: int) -> bool:
-    return every > 0 and iteration % every == 0
+def _due(every: int, before: int, iteration: int) -> bool:
+    """Whether a multiple of `every` lies after `before`, up to `iteration`."""
+    return every > 0 and iteration // every > before // every
 
 
 def _device_name(device: torch.device) -> str:

@@ -19,6 +19,7 @@ independent tasks is every task's gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,12 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from data.tasks import Loss, TaskBatch
-from trainer.inner import InnerLoop, Params, rates_of_step
+from trainer.inner import InnerLoop, Params, params_of_step, rates_of_step
 
 Apply = Callable[[Params, Tensor], Tensor]  # (parameters, inputs [n, *input]) -> outputs [n, ...]
-# (phi, whether H is wanted) -> g_k, L_tr, and v -> H_k v: v over the tensors that adapt, H_k v over all
-Support = Callable[[Params, bool], tuple[Params, Tensor, Callable[[Params], Params] | None]]
-Query = Callable[[Params], tuple[Params, Tensor, Tensor]]  # phi -> grad L_te, L_te, accuracy
+# (phi, k, whether H is wanted) -> g_k, L_tr, and v -> H_k v: v over the tensors that adapt, H_k v over all
+Support = Callable[[Params, int, bool], tuple[Params, Tensor, Callable[[Params], Params] | None]]
+Query = Callable[[Params, int], tuple[Params, Tensor, Tensor]]  # (phi, k of the step before) -> grad L_te, L_te, accuracy
 
 RECOMPUTE_ABOVE = 8  # inner steps
 FAN_OUT = 4  # segments into which a sweep that recomputes divides the inner loop, again and again
@@ -116,13 +117,14 @@ def _direction(g: Params, phi: Params, hessian: Callable | None, loop: InnerLoop
 
 def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor,
                loop: InnerLoop) -> Iterator[Params]:
-    """phi_0 = theta, phi_1, ..., phi_K of one task's support set x [n, *input], y [n, ...]."""
-    support, phi = _support(apply, loss, x, y, loop.adapted or tuple(theta)), theta
-    yield phi
+    """phi_0 = theta, phi_1, ..., phi_K of one task's support set x [n, *input], y [n, ...], as the model takes them for
+    queries."""
+    support, phi = _support(apply, loss, x, y, loop.adapted or tuple(theta), loop), theta
+    yield params_of_step(phi, loop, 0)
     for k in range(loop.steps):
-        direction, _ = _direction(support(phi, False)[0], phi, None, loop, 0)
+        direction, _ = _direction(support(phi, k, False)[0], phi, None, loop, 0)
         phi = _moved(phi, rates_of_step(alpha, loop, theta, k), direction)
-        yield phi
+        yield params_of_step(phi, loop, k)
 
 
 def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, loop: InnerLoop) -> Params:
@@ -132,20 +134,20 @@ def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: 
     return phi
 
 
-def _support(apply: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple[str, ...]) -> Support:
+def _support(apply: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple[str, ...], loop: InnerLoop) -> Support:
     """One task's, by torch.func."""
 
-    def gradient(phi: Params) -> tuple[Params, Tensor]:
+    def gradient(phi: Params, k: int) -> tuple[Params, Tensor]:
         def objective(part: Params) -> tuple[Tensor, Tensor]:
-            value = loss(apply(phi | part, x), y)[0]
+            value = loss(apply(params_of_step(phi | part, loop, k), x), y)[0]
             return value, value
 
         return grad(objective, has_aux=True)({name: phi[name] for name in names})
 
-    def support(phi: Params, hessian: bool) -> tuple:
+    def support(phi: Params, k: int, hessian: bool) -> tuple:
         if not hessian:
-            return *gradient(phi), None
-        g, pullback, value = vjp(gradient, phi, has_aux=True)
+            return *gradient(phi, k), None
+        g, pullback, value = vjp(partial(gradient, k=k), phi, has_aux=True)
         return g, value, lambda v: pullback(v)[0]  # the Hessian is symmetric
 
     return support
@@ -160,10 +162,10 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
 
     def visit(phi: Params, k: int, backward: bool) -> _Step:
         """Step k at phi_k; `backward`: with what the backward sweep needs of it."""
-        g, value, hessian = support(phi, backward and second)
+        g, value, hessian = support(phi, k, backward and second)
         direction, pullback = _direction(g, phi, hessian, loop, axes)
         wanted = backward and k > 0 and loop.weights is not None
-        return _Step(direction, value, pullback, _scaled(loop.weights[k - 1], query(phi)[0]) if wanted else None)
+        return _Step(direction, value, pullback, _scaled(loop.weights[k - 1], query(phi, k - 1)[0]) if wanted else None)
 
     phi, kept, moved, lengths = theta, [], None, []
     for k in range(loop.steps):
@@ -176,7 +178,7 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         if not recompute:
             kept.append(step)
         phi = _moved(phi, rates[k], step.direction)
-    adjoint, loss, accuracy = query(phi)  # lambda_K
+    adjoint, loss, accuracy = query(phi, loop.steps - 1)  # lambda_K
     if loop.weights is not None:
         adjoint = _scaled(loop.weights[-1], adjoint)
     per_rate = "layer" if shape == "layer_step" else shape
@@ -232,15 +234,15 @@ def task_meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, t
                        loop: InnerLoop) -> MetaGradient:
     """One task's G and A, exactly as `loop` defines them. `task` without its leading axis."""
 
-    def query(phi: Params) -> tuple:
+    def query(phi: Params, k: int) -> tuple:
         def objective(phi: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            value, accuracy = loss(apply(phi, task.query_x), task.query_y)
+            value, accuracy = loss(apply(params_of_step(phi, loop, k), task.query_x), task.query_y)
             return value, (value, accuracy)
 
         adjoint, (value, accuracy) = grad(objective, has_aux=True)(phi)
         return adjoint, value, accuracy
 
-    support = _support(apply, loss, task.support_x, task.support_y, loop.adapted or tuple(theta))
+    support = _support(apply, loss, task.support_x, task.support_y, loop.adapted or tuple(theta), loop)
     return _sweep(support, query, 0, theta, alpha, loop)
 
 
@@ -250,9 +252,9 @@ def tasks_meta_gradient(forward_tasks: Apply, loss: Loss, theta: Params, alpha: 
     inputs with that axis."""
     names = loop.adapted or tuple(theta)
 
-    def support(phi: Params, hessian: bool) -> tuple:
+    def support(phi: Params, k: int, hessian: bool) -> tuple:
         phi = {name: p.detach().requires_grad_(hessian or name in names) for name, p in phi.items()}
-        value = loss(forward_tasks(phi, tasks.support_x), tasks.support_y)[0]
+        value = loss(forward_tasks(params_of_step(phi, loop, k, 1), tasks.support_x), tasks.support_y)[0]
         graph = torch.autograd.grad(value.sum(), [phi[name] for name in names], create_graph=hessian, materialize_grads=True)
 
         def times(v: Params) -> Params:
@@ -261,9 +263,9 @@ def tasks_meta_gradient(forward_tasks: Apply, loss: Loss, theta: Params, alpha: 
 
         return {name: g.detach() for name, g in zip(names, graph)}, value.detach(), times if hessian else None
 
-    def query(phi: Params) -> tuple:
+    def query(phi: Params, k: int) -> tuple:
         phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
-        value, accuracy = loss(forward_tasks(phi, tasks.query_x), tasks.query_y)
+        value, accuracy = loss(forward_tasks(params_of_step(phi, loop, k, 1), tasks.query_x), tasks.query_y)
         adjoint = torch.autograd.grad(value.sum(), tuple(phi.values()), materialize_grads=True)
         return dict(zip(phi, adjoint)), value.detach(), accuracy
 

@@ -22,6 +22,8 @@ MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
 FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size moves a rate slowly
 WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
 CUT = 2.0  # and alpha divided by this
+REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order
+LARGEST = 1e30  # a rate or a step of theta above this is as good as infinite: float32 ends at 3e38
 
 
 class Rates(NamedTuple):
@@ -48,9 +50,10 @@ class Total(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What an iteration says about the rates; sums or means over tasks, as task.reduction says. The first two are of alpha's
-    shape, the others scalars."""
+    """What an iteration says about the rates; sums or means over tasks, as task.reduction says. Those of alpha have its
+    shape, the others are scalars."""
 
+    loss: Tensor  # sum of the query losses
     alpha_gradient: Tensor  # sum of A_b
     alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|
     product: Tensor  # <S_t, direction applied last>
@@ -73,7 +76,8 @@ def signals(rule: str, total: Total, count: int) -> tuple[Signals, Tensor]:
     if rule == "adaptive":
         usable &= total.sums.loss <= WORSE * total.sums.support_loss
     norms = (total.squared_norm * total.previous_squared).sqrt()
-    return Signals(total.sums.alpha_gradient / count, total.sums.alignment_norm / count, total.product, norms), usable
+    loss, alpha_gradient, alignment_norm = total.sums.loss, total.sums.alpha_gradient, total.sums.alignment_norm
+    return Signals(loss / count, alpha_gradient / count, alignment_norm / count, total.product, norms), usable
 
 
 def update(settings: keys.Rates, rates: Rates, signals: Signals, usable: Tensor) -> Rates:
@@ -88,11 +92,34 @@ def update(settings: keys.Rates, rates: Rates, signals: Signals, usable: Tensor)
             beta=rates.beta + settings.beta_hyperlr * signals.product,
             alpha=rates.alpha - settings.alpha_hyperlr * signals.alpha_gradient,
         )
-        otherwise = rates
     else:
         moved = _adaptive(settings, rates, signals)
-        otherwise = rates._replace(alpha=(rates.alpha / CUT).clamp(min=settings.minimum))
-    return Rates(*(torch.where(usable, a, b) for a, b in zip(moved, otherwise)))
+    return Rates(*(torch.where(usable, a, b) for a, b in zip(moved, _undone(settings, rates))))
+
+
+def _undone(settings: keys.Rates, rates: Rates) -> Rates:
+    """The rates after an iteration that is not usable."""
+    return rates._replace(alpha=_cut(settings, rates.alpha)) if settings.rule == "adaptive" else rates
+
+
+def _cut(settings: keys.Rates, rate: Tensor) -> Tensor:
+    return (rate / CUT).clamp(min=settings.minimum) if settings.rule == "adaptive" else rate / CUT
+
+
+def guarded(config: keys.Config, rates: Rates, total: Total, signals: Signals,
+            usable: Tensor) -> tuple[Rates, Tensor, Tensor]:
+    """`update` where every number is finite: the loss, the gradient, the new rates, and the step that theta would take. The
+    rates to go on with, whether theta may move, and whether all is finite (bools).
+
+    An iteration that is not finite never moves theta; config.on_nonfinite says what it does to the rates.
+    """
+    new = update(config.rates, rates, signals, usable)
+    step = new.beta.abs() * total.squared_norm.sqrt().clamp(min=1)
+    finite = torch.isfinite(torch.cat([total.sums.loss.view(1), *(x.flatten() for x in new)])).all() & (step < LARGEST)
+    settings, otherwise = config.rates, _undone(config.rates, rates)
+    if config.on_nonfinite == "halve":
+        otherwise = rates._replace(alpha=_cut(settings, rates.alpha), beta=_cut(settings, rates.beta))
+    return Rates(*(torch.where(finite, a, b) for a, b in zip(new, otherwise))), usable & finite, finite
 
 
 def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
@@ -105,7 +132,11 @@ def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
 
     alpha_mean, alpha_square, alpha_step = _moments(rates.alpha_mean, rates.alpha_square, alpha_signal, count)
     beta_mean, beta_square, beta_step = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
-    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step)
+    # Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
+    # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise.
+    reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=tiny)
+    lift = torch.where(reach > 0, REACH / reach, 1.0).clamp(min=1.0)
+    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * lift
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
     bounds = (settings.minimum, settings.maximum)
     return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.errors import InputError, reading
+from data.errors import InputError, naming, reading
 
 METRICS = "metrics.jsonl"
 
@@ -42,8 +42,13 @@ def lock(run_dir: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old content or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        with naming(path):
+            partial.write_text(text)
+            partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -108,18 +113,20 @@ class Recorder:
         """`run_dir` None records without writing, as ranks other than 0 do; `tasks` are in an iteration's batch."""
         self.names, self.tasks, self.file, self.recorded = names, tasks, None, 0
         if run_dir is not None:
-            lines = read_metrics(run_dir)
-            self.recorded = lines[-1]["step"] if lines else 0  # a resumed run repeats steps; their points stand already
-            self.file = (run_dir / METRICS).open("ab")
-            whole = (run_dir / METRICS).read_bytes().rpartition(b"\n")
-            self.file.truncate(len(whole[0]) + len(whole[1]))
+            self.path = run_dir / METRICS
+            size = 0
+            for size, line in read_lines(run_dir):  # noqa: B007  the last one's are meant
+                self.recorded = line["step"]  # a resumed run repeats steps; their points stand already
+            self.file = self.path.open("ab")
+            self.file.truncate(size)
         self.pending: list[tuple[int, int, Tensor, dict[str, float]]] = []
         self.latest: dict[str, float] = {}
         self.clock = time.perf_counter()
 
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with naming(self.path):
+                self.file.close()
 
     def add(self, step: int, values: Tensor) -> None:
         """An iteration's values: a device vector that begins with the `names`."""
@@ -151,7 +158,8 @@ class Recorder:
             if self.file and step > self.recorded:
                 self.file.write(json.dumps({"step": step, "timestamp": timestamp, **metrics}).encode() + b"\n")
         if self.file:
-            self.file.flush()
+            with naming(self.path):
+                self.file.flush()
         self.pending.clear()
         return rows
 

@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
 from importlib.metadata import version
 from math import log10
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # imports torch
 STATE = "tracking.json"  # run_id, experiment_id and offset: the byte of metrics.jsonl up to which all is in the store
 BATCH = 1000  # MLflow's limit of metrics a request
 POLL = 1.0  # seconds between looks at the folder
+ANSWER = 10.0  # seconds that a store may take over one answer
 LONGEST_WAIT = 10.0  # seconds between attempts while the store does not answer
 SERVING = ("mlflow", "numpy", "pillow", "pyyaml", "safetensors", "torch")  # packages that a served model needs
 
@@ -170,7 +172,9 @@ def ship(run_dir: Path, ended: Callable[[], bool], patience: float) -> dict:
                     deadline = deadline or time.monotonic() + patience
                     if time.monotonic() + wait > deadline:
                         raise
-                print(f"{time.strftime('%F %T')} {type(error).__name__}: {str(error)[:300]}; again in {wait:g} s", flush=True)
+                with suppress(OSError):  # a full disk, on which the log lies too
+                    print(f"{time.strftime('%F %T')} {type(error).__name__}: {str(error)[:300]}; again in {wait:g} s",
+                          flush=True)
                 pause = time.monotonic() + wait
                 while time.monotonic() < pause and not (deadline is None and ended()):
                     time.sleep(0.1)
@@ -181,7 +185,7 @@ def connected(uri: str):
     """A client of the store, which is created where it is a database that is not there yet."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # `ship` retries, and says so
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "10"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = f"{ANSWER:g}"
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
@@ -295,18 +299,15 @@ class Shipment:
 
 def _initialised(uri: str):
     """Holds the lock under which an sqlite store is created: processes that race for it break it."""
-    from contextlib import nullcontext
-
     from filelock import FileLock
 
     if not uri.startswith("sqlite:///"):
         return nullcontext()
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=60)
-    connection.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
-    connection.close()
-    return FileLock(f"{path}.lock")
+    with closing(sqlite3.connect(path, timeout=ANSWER)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not wait for each other
+    return FileLock(f"{path}.lock", timeout=6 * ANSWER)
 
 
 def _commit() -> dict[str, str]:
@@ -322,7 +323,7 @@ def sync(run_dir: Path, patience: float) -> dict:
 
 def main() -> None:
     """The sender's process: ends once standard input has closed and all is shipped."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals all processes of a job: the trainer's end is what counts
     closed = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), closed.set()), daemon=True).start()

@@ -91,7 +91,8 @@ def _copied(state: loop.State) -> loop.State:
 
 
 def _train(problem: loop.Problem, state: loop.State, configs: list[Config], stop_requested: Callable[[], bool]) -> list[str]:
-    begun, world, iterations, every = time.time(), problem.world, problem.config.iterations, problem.config.evaluation.every
+    begun, world = time.monotonic(), problem.world
+    iterations, every = problem.config.iterations, problem.config.evaluation.every
     numbers = {}
     for name in NUMBERS:
         values = [configuration.flat_values(config)[name] for config in configs]
@@ -154,7 +155,7 @@ class _Run:
         for number, row in enumerate(rows, iteration - len(rows) + 1):
             self.recorder.add(number, row)
             self.skipped = self.skipped + 1 if row[loop.SKIPPED] else 0
-            if self.skipped >= loop.HOPELESS:
+            if loop.hopeless(self.config, row, self.skipped):
                 self.status = "DIVERGED"
                 break
         else:

@@ -67,7 +67,7 @@ class _Shard(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        sums, stopping, decide = self.iteration
+        (sums, stopping, decide), self.iteration = self.iteration, None
         states = [self.state[p] for p in self.pieces]
         decay = self.config.outer.weight_decay
         gradients = [torch.add(torch.zeros_like(p) if p.grad is None else p.grad, p, alpha=decay) for p in self.pieces]
@@ -158,6 +158,8 @@ class ZeroEngine:
             surrogate = sum((p * local.gradient[name]).sum() for name, p in self._named())
             self.engine.backward(surrogate * (self.world.size / count))
         self.engine.step()
+        if self.optimizer.iteration is not None:  # DeepSpeed drops a gradient that is not finite by itself, on all ranks
+            decide(Total(sums, *torch.full((3,), torch.nan, dtype=torch.float64, device=self.world.device), stopping))
 
     def _read(self, name: str | None) -> Params:
         """theta (None) or one of the optimiser's states in full on every rank: copies."""

@@ -1,11 +1,11 @@
 """Kills trainings at random moments and measures how they come back.
 
-usage: python tests/faults/harness.py [--kills 100] [--seed 0]
+usage: python tests/faults/harness.py [--kills 100] [--outside 100] [--seed 0]
 
 One job runs under torchrun's agent and loses a worker, a worker in the middle of a save, its agent, or has a worker stopped
 (SIGSTOP). A second job runs on two nodes, network namespaces with addresses of their own, and loses a whole node. Whatever
 of a job's agents has ended is started again, as a scheduler would. At the end theta is compared, bit by bit, with that of an
-undisturbed run.
+undisturbed run. Before that, outside.py lets the tracker, the disk and the rest of the outside fail.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import outside
 import psutil
 import torch
 
@@ -225,10 +226,17 @@ def campaign(kills: int, seed: int, folder: Path, say: Callable[[str], object]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--outside", type=int, default=100, help="faults of outside.py")
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        campaign(settings.kills, settings.seed, Path(folder), lambda line: print(line, flush=True))
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    good = settings.outside == 0 or outside.campaign(settings.outside, settings.seed, say) == settings.outside
+    if settings.kills:
+        with tempfile.TemporaryDirectory() as folder:
+            good &= all(campaign(settings.kills, settings.seed, Path(folder), say))
+    sys.exit(not good)
 
 
 if __name__ == "__main__":
