@@ -67,6 +67,8 @@ def _arrays(path: Path, option: str) -> Examples:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if name in ("x", "y")}
+            if any(isinstance(array, bytes) for array in arrays.values()):
+                raise ValueError("an entry is no array")
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(f"{option}: {path} cannot be read as an .npz archive of arrays ({reason}); write it with "

@@ -212,6 +212,8 @@ def test_ten_malformed_inputs_get_one_line_each(trained: Path, curves: Path, dra
     with zipfile.ZipFile(tmp_path / "vast.npz", "w") as archive:  # a header that claims 80 TB
         head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,), }".ljust(117) + b"\n"
         archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head)
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("x.npy", b"text")
     np.savez_compressed(tmp_path / "deflated.npz", x=np.arange(1000.0))
     content = bytearray((tmp_path / "deflated.npz").read_bytes())
     content[60:80] = b"\xff" * 20
@@ -226,6 +228,7 @@ def test_ten_malformed_inputs_get_one_line_each(trained: Path, curves: Path, dra
         (trained, tmp_path / "flat", query, "has no labels"),
         (trained, tmp_path / "no.npz", query, "cannot be read as an .npz archive"),
         (trained, tmp_path / "no_x.npz", query, "has no array x"),
+        (trained, tmp_path / "text.npz", query, "cannot be read as an .npz archive of arrays (an entry is no array)"),
         (trained, tmp_path / "vast.npz", query, "cannot be read as an .npz archive"),
         (trained, tmp_path / "deflated.npz", query, "cannot be read as an .npz archive"),
         (trained, support, tmp_path / "objects.npz", "cannot be read as an .npz archive"),

@@ -90,7 +90,8 @@ def test_what_is_no_export_is_one_line(curve: Path, tmp_path: Path):
             ({}, theta | {"rates.alpha": torch.zeros(2)}, "alpha of shape .2., rates.alpha_shape layer has .6."),
             ({"config": "[" * 100_000}, theta, "is not a whole file"), ({"config": "[]"}, theta, "is not a whole file"),
             ({"config": '{"seed": null}'}, theta, "seed: 'None' must be a whole number"),
-            ({}, {name: t.reshape(-1) for name, t in theta.items()}, "does not hold the parameters")):
+            ({}, {name: t.reshape(-1) for name, t in theta.items()}, "does not hold alpha and the parameters"),
+            ({}, {name: t.to(torch.complex64) for name, t in theta.items()}, "does not hold alpha and the parameters")):
         file.write_bytes(save(tensors, facts | changed))
         with pytest.raises(InputError, match=words):
             load(file)

@@ -142,10 +142,11 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
                          config.model.args)
     models.for_each_step(model, inner.stepped(dict(model.named_parameters()), config.inner.per_step), config.inner.steps)
     needed = dict(model.named_parameters())
-    if any(name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point()
-           for name, p in needed.items()):
-        raise InputError(f"run_dir: {path} does not hold the parameters of model.name {config.model.name}; use the code that "
-                         "the run was trained with")
+    if not alpha.is_floating_point() or any(
+            name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point()
+            for name, p in needed.items()):
+        raise InputError(f"run_dir: {path} does not hold alpha and the parameters of model.name {config.model.name}; use the "
+                         "code that the run was trained with")
     theta = {name: theta[name].to(device, dtype) for name in needed}
     apply = models.function(model.to(device, dtype), training=False)
     learner = Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)

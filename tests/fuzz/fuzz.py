@@ -110,7 +110,8 @@ def called(function: Callable[..., object], *arguments: object) -> str:
 
 
 def commanded(words: list[str], result: Path | None = None) -> str:
-    """The outcome of a command line, by its exit code and what it said. `result` must be there if, and only if, it succeeded."""
+    """The outcome of a command line, by its exit code and what it said. `result` must be there if, and only if, it
+    succeeded."""
     from launch.cli import main
 
     output, errors = io.StringIO(), io.StringIO()

@@ -49,7 +49,8 @@ def damaged(data: DataObject, content: bytes) -> bytes:
     place = data.draw(st.integers(0, max(0, len(content) - 1)))
     length = data.draw(st.integers(1, 64))
     if how == "flip":
-        return content[:place] + bytes(b ^ data.draw(st.integers(1, 255)) for b in content[place : place + 1]) + content[place + 1 :]
+        changed = bytes(b ^ data.draw(st.integers(1, 255)) for b in content[place : place + 1])
+        return content[:place] + changed + content[place + 1 :]
     if how == "cut":
         return content[:place]
     if how == "remove":
@@ -126,7 +127,7 @@ def spool_case(data: DataObject, folder: Path) -> str:
     run = copied()
     metrics = run / spool.METRICS
     lines = metrics.read_bytes().splitlines(keepends=True)
-    how = data.draw(st.sampled_from(("bytes", "torn", "torn end", "other run", "order", "json", "values", "state", "state bytes",
+    how = data.draw(st.sampled_from(("bytes", "torn", "torn end", "other run", "order", "json", "values", "state", "state file",
                                      "summary", "config")))
     place = data.draw(st.integers(0, len(lines) - 1))
     if how == "bytes":
@@ -202,9 +203,9 @@ def exported_case(data: DataObject, folder: Path) -> str:
 
 
 AREAS = [
-    fuzz.Area("checkpoints", "bytes of every region changed, cut and put in, with and without the right digest; manifests of anything; "
-              "another model's tensors; missing and renamed files", 12, checkpoint_case),
-    fuzz.Area("spools", "torn lines, lines of another run, out of order or of anything; damage to the sender's state, summary.json and "
-              "config.yaml of a run", 9, spool_case),
+    fuzz.Area("checkpoints", "bytes of every region changed, cut and put in, with and without the right digest; manifests of "
+              "anything; another model's tensors; missing and renamed files", 12, checkpoint_case),
+    fuzz.Area("spools", "torn lines, lines of another run, out of order or of anything; damage to the sender's state, "
+              "summary.json and config.yaml of a run", 9, spool_case),
     fuzz.Area("exported models", "bytes changed, headers, metadata and tensors of anything", 7, exported_case),
 ]
