@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -208,8 +208,13 @@ def _lines(journal: Path) -> Iterator[dict]:
     for line in journal.read_bytes().splitlines():
         try:
             chunk = json.loads(line)
-            if chunk["bytes"] < 0 or not isinstance(chunk["results"], list):
+            if type(chunk["bytes"]) is not int or chunk["bytes"] < 0 or not all(map(_is_result, chunk["results"])):
                 return
         except (ValueError, TypeError, KeyError):  # cut off by a kill
             return
         yield chunk
+
+
+def _is_result(result: Any) -> bool:
+    """Whether it is an image's width and height, or why there is none."""
+    return isinstance(result, str) or isinstance(result, list) and [type(size) for size in result] == [int, int]

@@ -205,7 +205,9 @@ def test_a_damaged_chunk_of_an_unfinished_store_is_decoded_again(tmp_path: Path,
     assert (partial / "images.u8").read_bytes() == content
 
 
-@pytest.mark.parametrize("line", (b"[]", b"{}", b"1", b"\xff", b'{"bytes": -1, "results": []}', b'{"bytes": 2, "results": 1}'))
+@pytest.mark.parametrize("line", (b"[]", b"{}", b"1", b"\xff", b'{"bytes": -1, "results": []}', b'{"bytes": 2, "results": 1}',
+                                  b'{"bytes": 0.0, "checksum": 0, "results": []}',
+                                  b'{"bytes": 0, "checksum": 0, "results": [[1]]}'))
 def test_a_journal_of_anything_is_begun_anew(line: bytes, tmp_path: Path):
     (tmp_path / "journal.jsonl").write_bytes(line + b"\n")
     assert store._whole_chunks(tmp_path) == []

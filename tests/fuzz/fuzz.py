@@ -161,7 +161,8 @@ def main() -> None:
             begun = time.monotonic()
             try:
                 found = fuzz(area, known.cases if known.area else -(-known.cases * area.share // 100), known.seed)
-            except BaseException:
+            except BaseException as error:
+                error.__notes__ = [note[:2000] for note in getattr(error, "__notes__", [])]  # an image is megabytes
                 print(f"again: python tests/fuzz/fuzz.py --area '{area.name}' --cases {known.cases} --seed {known.seed}",
                       file=sys.stderr)
                 raise
