@@ -124,15 +124,16 @@ def test_fixed_rates_stay():
     assert {row[2:] for row in trajectory(config, 5)} == {(0.05, 0.02)}
 
 
-def signals(alpha: float, product: float) -> rates.Signals:
-    """Cosines, given as if all norms were 1; of a loss so small that every alpha reaches far."""
-    return rates.Signals(*torch.tensor([1e-9, -alpha, 1.0, product, 1.0], dtype=torch.float64).unbind())
+def signals(alpha: float, product: float, loss: float) -> rates.Signals:
+    """Cosines, given as if all norms were 1."""
+    return rates.Signals(*torch.tensor([loss, -alpha, 1.0, product, 1.0], dtype=torch.float64).unbind())
 
 
 def follow(settings: Rates, alphas: list[float], products: list[float], usable: bool = True) -> rates.Rates:
+    """Of losses that alpha just reaches at first, and so small afterwards that every alpha reaches far."""
     state = rates.initial(settings, torch.device("cpu"))
-    for a, b in zip(alphas, products):
-        state = rates.update(settings, state, signals(a, b), torch.tensor(usable))
+    for i, (a, b) in enumerate(zip(alphas, products)):
+        state = rates.update(settings, state, signals(a, b, 1e-9 if i else settings.alpha), torch.tensor(usable))
     return state
 
 
@@ -146,19 +147,21 @@ def test_steady_signals_cross_decades_and_stop_at_the_bounds():
     assert (float(state.alpha), float(state.beta)) == (settings.maximum, settings.minimum)
 
 
-def test_an_alpha_too_small_to_matter_is_lifted_at_once():
-    def after(alpha: list[float], norms: list[float], loss: float) -> list[float]:
+def test_an_alpha_too_small_to_matter_is_lifted_and_one_far_too_large_at_the_start_cut():
+    def after(alpha: list[float], norms: list[float], loss: float, count: int = 0) -> list[float]:
         settings, zero = Rates(alpha=1e-5), torch.zeros((), dtype=torch.float64)
         alpha, norms = (torch.tensor(x, dtype=torch.float64) for x in (alpha, norms))
-        state = rates.initial(settings, torch.device("cpu"), tuple(alpha.shape))._replace(alpha=alpha)
+        state = rates.initial(settings, torch.device("cpu"), tuple(alpha.shape))._replace(alpha=alpha, count=zero + count)
         found = rates.Signals(zero + loss, torch.zeros_like(norms), norms, zero, zero)
         return rates.update(settings, state, found, torch.tensor(True)).alpha.tolist()
 
     assert after(1e-5, 4.0, 2.0) == pytest.approx(rates.REACH * 2 / 4)  # alpha norm = REACH loss
-    assert after(1.0, 4.0, 2.0) == 1.0
+    assert after(0.3, 4.0, 2.0) == 0.3 and after(1.0, 4.0, 2.0, count=1) == 1.0
+    assert after(1.0, 4.0, 2.0) == pytest.approx(rates.FIRST_REACH * 2 / 4)
+    assert after([1.0, 2.0], [4.0, 8.0], 2.0) == pytest.approx([rates.FIRST_REACH * 2 / 20, 2 * rates.FIRST_REACH * 2 / 20])
     assert after([1e-5, 3e-5], [4.0, 8.0], 2.0) == pytest.approx([rates.REACH * 2 / 28, 3 * rates.REACH * 2 / 28])  # together
     assert after(1e-5, 0.0, 2.0) == 1e-5 and after(1e-5, 0.0, 0.0) == 1e-5  # nothing to adapt to
-    assert after(1e-5, 1e-9, 2.0) == Rates().maximum
+    assert after(1e-5, 1e-9, 2.0) == Rates().maximum and after(1.0, 1.0, 0.0) == Rates().minimum
 
 
 def test_noise_holds_alpha_and_a_signal_moves_it():

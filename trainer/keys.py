@@ -105,7 +105,7 @@ class Rates:
     beta: float = key(0.001, "first meta rate", POSITIVE)
     alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
     beta_hyperlr: float = key(1e-3, "paper: rate of beta, per product in task.reduction", NOT_NEGATIVE)
-    kappa: float = key(1.0, "adaptive: largest step of log alpha and log beta per iteration", POSITIVE)
+    kappa: float = key(0.5, "adaptive: largest step of log alpha and log beta per iteration", POSITIVE)
     tolerance: float = key(0.6, "adaptive: opposition of successive meta-gradients that beta endures", NOT_NEGATIVE)
     minimum: float = key(1e-6, "adaptive: lower bound of both rates", POSITIVE)
     maximum: float = key(10.0, "adaptive: upper bound of both rates", POSITIVE)

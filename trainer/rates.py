@@ -23,6 +23,7 @@ FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size mo
 WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
 CUT = 2.0  # and alpha divided by this
 REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order
+FIRST_REACH = 1.0  # and the most it may claim to change before anything is learned, as Polyak's step size does
 LARGEST = 1e30  # a rate or a step of theta above this is as good as infinite: float32 ends at 3e38
 
 
@@ -133,10 +134,12 @@ def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
     alpha_mean, alpha_square, alpha_step = _moments(rates.alpha_mean, rates.alpha_square, alpha_signal, count)
     beta_mean, beta_square, beta_step = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
     # Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
-    # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise.
+    # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise. What is
+    # far too large at the start bends theta's first steps, the longest, for good.
     reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=tiny)
     lift = torch.where(reach > 0, REACH / reach, 1.0).clamp(min=1.0)
-    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * lift
+    cut = torch.where(count == 1, FIRST_REACH / reach, 1.0).clamp(max=1.0)
+    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * lift * cut
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
     bounds = (settings.minimum, settings.maximum)
     return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)
