@@ -2,6 +2,7 @@
 answers at once."""
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Callable
@@ -163,6 +164,7 @@ class Config:
     run_dir: str | None = key(None, "folder of the run; null derives it from the configuration", NOT_EMPTY)
 
 
+@functools.cache  # resolving the types takes milliseconds, and every key that is read asks
 def keys(section: type = Config, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (its dataclass field, its resolved type), in order of definition."""
     hints, found = typing.get_type_hints(section), {}
