@@ -164,10 +164,7 @@ def _check(known: argparse.Namespace, configs: list[Config]) -> None:
                              "--nodes or --processes-per-node")
         if config.device == "cuda" and known.gpus_per_node == 0:
             raise InputError("device: cuda needs GPUs; give --gpus-per-node, or use device auto")
-        if Path(config.run_dir, "config.yaml").is_file():
-            from trainer.loop import check_ownership
-
-            check_ownership(Path(config.run_dir), config)
+        configuration.check_ownership(Path(config.run_dir), config)
 
 
 def _seconds(limit: str) -> int:

@@ -264,6 +264,17 @@ def trajectory(config: Config) -> dict[str, Any]:
     return {name: value for name, value in flat_values(config).items() if not name.startswith(_CIRCUMSTANCES)}
 
 
+def check_ownership(folder: Path, config: Config) -> None:
+    """Raises InputError where the folder belongs to a run of another configuration."""
+    if not (folder / "config.yaml").is_file():
+        return
+    theirs = trajectory(build(folder / "config.yaml", {}))
+    for name, value in trajectory(config).items():
+        if theirs[name] != value:
+            raise InputError(f"run_dir: {folder} belongs to a run with {name} = {theirs[name]}, not {value}; choose another "
+                             "run_dir, or remove that one")
+
+
 def run_dir(config: Config) -> Path:
     """The run's folder: the one given, or one that the same configuration always finds again, so that the same command
     resumes."""

@@ -21,7 +21,7 @@ from data.errors import InputError, say
 from data.tasks import TaskSizes, TaskSource
 from trainer import checkpoint, inner, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
-from trainer.config import build, run_dir, to_yaml, trajectory
+from trainer.config import check_ownership, run_dir, to_yaml, trajectory
 from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
 from trainer.inner import InnerLoop
@@ -147,8 +147,7 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
 def resume(state: State, folder: Path, world: World) -> State:
     """The newest whole checkpoint's state, or `state` where there is none; rank 0 reads, and every rank ends with its
     bits. Raises InputError where the checkpoints do not fit."""
-    tensors, iteration = snapshot(state), 0
-    tensors = {name: t.clone() for name, t in tensors.items()}
+    tensors, iteration = {name: t.clone() for name, t in snapshot(state).items()}, 0
     if world.rank == 0:
         path, complaints = checkpoint.newest(folder / "checkpoints")
         for line in complaints:
@@ -169,17 +168,6 @@ def restored(engine: Engine, tensors: dict[str, Tensor], iteration: int) -> Stat
 def snapshot(state: State) -> dict[str, Tensor]:
     """The whole training state by name, as checkpoints hold it, whatever the engine. Every rank must call."""
     return state.engine.state() | {f"rates.{name}": t for name, t in state.rates._asdict().items()}
-
-
-def check_ownership(folder: Path, config: Config) -> None:
-    """Raises InputError where the folder belongs to a run of another configuration."""
-    if not (folder / "config.yaml").is_file():
-        return
-    theirs = trajectory(build(folder / "config.yaml", {}))
-    for name, value in trajectory(config).items():
-        if theirs[name] != value:
-            raise InputError(f"run_dir: {folder} belongs to a run with {name} = {theirs[name]}, not {value}; choose another "
-                             "run_dir, or remove that one")
 
 
 def train(config: Config, world: World, stop_requested: Callable[[], bool], started: Callable[[Path, bool], None],

@@ -73,7 +73,7 @@ def finished(cell: Cell) -> bool:
     """Whether the cell's run came to its end, a good one or divergence; raises InputError where its folder is another's."""
     if not (cell.folder / "summary.json").is_file():
         return False
-    loop.check_ownership(cell.folder, cell.config)
+    configuration.check_ownership(cell.folder, cell.config)
     summary = spool.read_json(cell.folder / "summary.json")
     return summary.get("diverged", False) or (summary.get("iterations") or 0) >= cell.config.iterations
 

@@ -144,7 +144,7 @@ class _Run:
         self.config, self.problem, self.folder, self.begun = config, problem, configuration.run_dir(config), begun
         self.status, self.skipped = "KILLED", 0  # until it comes to another end
         locks.enter_context(spool.lock(self.folder))
-        loop.check_ownership(self.folder, config)
+        configuration.check_ownership(self.folder, config)
         loop.begin(self.folder, config, problem, 0)
         self.recorder = locks.enter_context(closing(spool.Recorder(self.folder, loop.METRICS, config.task.batch)))
 
