@@ -19,6 +19,11 @@ def one_line(text: str) -> str:
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST // 2]} ... {shown[-LONGEST // 2:]}"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, its first line and not all of a long one; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 class InputError(Exception):
     """One line that names the key or file, its value, the rule it breaks and the remedy. The command line prints it
     and exits with code 2."""

@@ -10,7 +10,7 @@ import numpy as np
 from PIL.Image import Image
 
 from data import images
-from data.errors import InputError, reading
+from data.errors import InputError, first_line, reading
 from data.images import SUFFIXES
 
 Prepare = Callable[[Image], np.ndarray]  # an image of PIL's -> the model's input
@@ -70,8 +70,7 @@ def _arrays(path: Path, option: str) -> Examples:
             if any(isinstance(array, bytes) for array in arrays.values()):
                 raise ValueError("an entry is no array")
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{option}: {path} cannot be read as an .npz archive of arrays ({reason}); write it with "
+        raise InputError(f"{option}: {path} cannot be read as an .npz archive of arrays ({first_line(error)}); write it with "
                          "numpy.savez") from None
     if "x" not in arrays:
         raise InputError(f"{option}: {path} has no array x; write it with numpy.savez(file, x=..., y=...)")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from data.errors import first_line
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -30,7 +32,7 @@ def read(path: str | Path, prepare: Callable[[Image.Image], Read]) -> Read:
     except UnidentifiedImageError:
         raise ValueError("it is no image") from None
     except Exception as error:  # Pillow raises a dozen kinds for a file that is no image
-        raise ValueError(str(error).splitlines()[0][:120] if str(error) else type(error).__name__) from None
+        raise ValueError(first_line(error)) from None
 
 
 def resized(image: Image.Image, side: int, colour: bool) -> np.ndarray:

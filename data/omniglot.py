@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError, reading
+from data.errors import InputError, first_line, reading
 from data.tasks import TaskBatch, TaskSizes, classification_batch, draw, draw_subset
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def find_archives(root: str | None, cache: Path) -> list[Path]:
             return [Path(pooch.retrieve(UPSTREAM + name, f"md5:{md5}", name, cache, progressbar=True))
                     for name, md5 in ARCHIVES.items()]
         except Exception as error:  # requests and pooch raise a dozen kinds; all mean that it did not arrive
-            reason = str(error).splitlines()[0][:150]
-            raise InputError(f"data.root: not set, and Omniglot could not be downloaded ({reason}); {REMEDY}") from None
+            raise InputError("data.root: not set, and Omniglot could not be downloaded "
+                             f"({first_line(error)}); {REMEDY}") from None
     paths = [Path(root) / name for name in ARCHIVES]
     for path in paths:
         if not path.is_file():

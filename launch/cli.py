@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from data.errors import Failure, InputError, say
+from data.errors import Failure, InputError, first_line, say
 from launch import slurm, use
 from trainer import config as configuration
 from trainer import keys
@@ -212,8 +212,8 @@ def sync(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     except InputError:
         raise
     except Exception as error:
-        print(f"alpha-maml: the store cannot be reached ({type(error).__name__}: {str(error).splitlines()[0][:200]}); nothing "
-              "is lost, run the same command again", file=sys.stderr)
+        say(f"the store cannot be reached ({type(error).__name__}: {first_line(error)}); nothing is lost, run the same command "
+            "again")
         return 1
     print(f"{folder}: all {state['offset']} bytes of metrics are in MLflow, run {state['run_id']}")
     return 0

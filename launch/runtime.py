@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from data.errors import InputError
+from data.errors import InputError, first_line
 from trainer.collective import World
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -69,7 +69,7 @@ def world(device: str, timeout: float) -> Iterator[World]:
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(f"MASTER_ADDR: {where} and all {size} ranks cannot be reached within {timeout:g} s "
-                         f"({str(error).splitlines()[0][:120]}); check the address, or start with torchrun") from None
+                         f"({first_line(error)}); check the address, or start with torchrun") from None
     yield World(rank, size, local_rank, place)
     dist.destroy_process_group()  # not after an error: with a peer that hangs it would wait once more
 

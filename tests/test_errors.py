@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import InputError, reading, say
+from data.errors import InputError, first_line, reading, say
 
 
 @pytest.mark.parametrize(("text", "line"), (
@@ -20,6 +20,11 @@ def test_a_line_is_one_line_whatever_it_quotes(text: str, line: str, capsys):
 
 def test_a_line_has_an_end():
     assert len(str(InputError("x" * 10**6))) < 2100
+
+
+@pytest.mark.parametrize(("text", "line"), (("a\nb", "a"), ("\n a", "a"), ("", "TimeoutError"), ("\n", "TimeoutError")))
+def test_an_error_that_says_nothing_is_called_by_its_type(text: str, line: str):
+    assert first_line(TimeoutError(text)) == line
 
 
 def test_what_hinders_reading_is_about_the_key(tmp_path: Path):

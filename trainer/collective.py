@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.errors import Failure
+from data.errors import Failure, first_line
 
 
 @contextmanager
@@ -18,8 +18,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Failure("another rank has ended, or did not answer within engine.timeout "
-                      f"({str(error).splitlines()[0][:160]})") from error
+        raise Failure(f"another rank has ended, or did not answer within engine.timeout ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)
