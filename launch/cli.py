@@ -59,9 +59,8 @@ def parser() -> Parser:
                                "column of the paper's first figure, rates and losses in rows; repeat")
             sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure; .png and .svg are written")
             continue
-        if verb == "sync":
-            sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
         if verb in ("sync", "adapt", "export"):
+            sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
             continue
         for name, (item, kind) in keys.keys().items():
             value = keys.default(item)

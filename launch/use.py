@@ -28,7 +28,6 @@ def add_options(sub: argparse.ArgumentParser, verb: str) -> None:
         sub.add_argument("--out", type=Path, metavar="FOLDER", help="of the figure and the tables (default: in the run's "
                          "folder, named after the split and after what differs from the training)")
         return
-    sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
     if verb == "export":
         sub.add_argument("--out", type=Path, metavar="FILE", help="the weights (default: model.safetensors in the run)")
         return
