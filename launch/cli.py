@@ -138,9 +138,8 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     base = configuration.build(known.config, overrides)
     if base.run_dir is None:
         raise InputError("run_dir: is needed here; give the sweep's folder with --run_dir")
-    for name in ("seeds", "jobs"):
-        if getattr(known, name) < 1:
-            raise InputError(f"--{name}: {getattr(known, name)} must be 1 or more; correct it")
+    if known.jobs < 1:
+        raise InputError(f"--jobs: {known.jobs} must be 1 or more; correct it")
     part, _, parts = known.part.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise InputError(f"--part: {known.part!r} must be I/N with I from 1 to N; correct it")

@@ -54,8 +54,6 @@ def submit(known: argparse.Namespace, overrides: dict[str, str]) -> int:
 
         if len(configs) > 1 or configs[0].run_dir is None:
             raise InputError("--grid: a sweep needs one --config, and its folder in --run_dir; give both")
-        if known.seeds < 1:
-            raise InputError(f"--seeds: {known.seeds} must be 1 or more; correct it")
         configs = [cell.config for cell in sweep.cells(configs[0], known.grid, known.seeds, Path(configs[0].run_dir))]
         known.config = known.config * len(configs)
     configs = [replace(config, run_dir=str(configuration.run_dir(config).resolve())) for config in configs]

@@ -51,6 +51,8 @@ def axes(grids: list[str]) -> dict[str, list[Any]]:
 
 def cells(base: Config, grids: list[str], seeds: int, folder: Path) -> list[Cell]:
     """The product of the grids with `seeds` seeds, the base's and those after it; raises InputError."""
+    if seeds < 1:
+        raise InputError(f"--seeds: {seeds} must be 1 or more; correct it")
     found = axes(grids)
     if "seed" in found and seeds > 1:
         raise InputError("--seeds: the grid has values for seed already; drop one of the two")
@@ -116,8 +118,7 @@ def table(done: list[Cell], folder: Path) -> list[dict[str, Any]]:
     """One row a cell, also written as sweep.csv; cells without a result have empty fields."""
     rows = []
     for cell in done:
-        path = cell.folder / "summary.json"
-        summary = spool.read_json(path) if path.is_file() else {}
+        summary = spool.read_json(cell.folder / "summary.json")
         status = "diverged" if summary.get("diverged") else summary.get("status")
         rows.append(cell.values | {name: summary.get(name) for name in RESULTS} | {"status": status})
     with (folder / TABLE).open("w", newline="") as file:
