@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
                 "report": report, "sync": sync, "slurm": slurm.submit}[known.verb](known, overrides)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node is enough
-            print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
+            say(str(error))
         code = 2
     except (Failure, OSError) as error:
         first = error
@@ -118,14 +118,13 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
             status = loop.train(config, world, stop, progress.started, progress.watch)
         except loop.Diverged as error:
             if world.local_rank == 0:  # all ranks come to the same end
-                print(f"alpha-maml: {error}", file=sys.stderr, flush=True)
+                say(str(error))
             status = "FAILED"
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            print(f"alpha-maml: out of memory with inner.steps {config.inner.steps} and task.chunk {config.task.chunk}; set "
-                  "task.chunk to fewer tasks at once, or inner.recompute to true; the last checkpoint is from before",
-                  file=sys.stderr, flush=True)
+            say(f"out of memory with inner.steps {config.inner.steps} and task.chunk {config.task.chunk}; set task.chunk to "
+                "fewer tasks at once, or inner.recompute to true; the last checkpoint is from before")
             status = "FAILED"
         finally:
             progress.finish()
@@ -195,7 +194,7 @@ def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     print(*paths, sep="\n")
     complaint = reporting.log(paths, first)
     if complaint:
-        print(f"alpha-maml: {known.out}: {complaint}", file=sys.stderr)
+        say(f"{known.out}: {complaint}")
     return 0
 
 
