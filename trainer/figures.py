@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,27 +29,36 @@ def _smooth(values: list[float], width: int) -> list[float]:
     return sums
 
 
-def _save(figure: Figure, target: Path) -> list[Path]:
+def _pyplot() -> ModuleType:
+    """Imported where something is drawn, since it takes a second; needs no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _look(number: int) -> dict[str, str]:
+    """Of the line of a figure's run."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+
+
+def _save(figure: Figure, target: Path) -> list[Path]:
     paths = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     return paths
 
 
 def draw_curves(runs: list[tuple[str, list[dict]]], target: Path, threshold: float | None = None) -> list[Path]:
     """Loss, alpha and beta over iterations, one line a run, as `target`.png and .svg. `runs` holds (label, the lines of
     metrics.jsonl)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 4), layout="constrained")
     for number, (label, lines) in enumerate(runs):
-        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+        look = _look(number)
         steps = [line["step"] for line in lines]
         for axis, (name, title, scale) in zip(axes, PANELS):
             values = [line.get(name, float("nan")) for line in lines]
@@ -74,11 +84,7 @@ def draw_columns(columns: list[tuple[str, list[tuple[str, list[dict]]]]], target
     """The rates and the losses in four rows, as `target`.png and .svg; a column for each (title, runs), whose runs are as in
     `draw_curves`. A row has one scale over all columns: logarithmic for rates that stay positive, the values of most of the
     iterations for losses."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     size = 1 + 3.6 * len(columns), 10.5
     figure, axes = pyplot.subplots(len(ROWS), len(columns), figsize=size, layout="constrained", squeeze=False, sharey="row",
                                    sharex="col")
@@ -86,7 +92,7 @@ def draw_columns(columns: list[tuple[str, list[tuple[str, list[dict]]]]], target
         drawn = []
         for axis, (_, runs) in zip(row, columns):
             for number, (label, lines) in enumerate(runs):
-                look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+                look = _look(number)
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 if not points:
                     continue
@@ -116,11 +122,9 @@ def draw_maps(rows: list[dict[str, str]], keys: list[str], target: Path) -> list
     """Iterations to the threshold over alpha and beta, or the last two of a sweep's `keys`, as `target`.png and .svg: medians
     over the seeds that reached it, a blank cell where none did, "n/m" below where only some did; one panel for each value of
     the other keys."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.colors import LogNorm
+
+    pyplot = _pyplot()
 
     def number(text: str) -> float | str:
         try:
@@ -148,7 +152,7 @@ def draw_maps(rows: list[dict[str, str]], keys: list[str], target: Path) -> list
                 if not good:
                     continue
                 middle = median(good)
-                colour = matplotlib.colormaps["viridis_r"](float(scale(middle)))
+                colour = pyplot.get_cmap("viridis_r")(float(scale(middle)))
                 axis.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
                 text = f"{middle:g}" + (f"\n{len(good)}/{len(group)}" if len(good) < len(group) else "")
                 dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.5
@@ -171,12 +175,9 @@ def draw_evaluation(steps: Sequence[int], curve: dict[str, list[float]], reliabi
     """Means over tasks after each count of inner steps with their 95 % intervals, as `target`.png and .svg; for a
     classification with a reliability diagram (Guo et al. 2017, figure 1) of (queries, their confidences' sum, those answered
     right) in each bin of confidence."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
+    pyplot = _pyplot()
     names = ("accuracy", "loss") if reliability else ("loss",)
     count = len(names) + bool(reliability)
     figure, axes = pyplot.subplots(1, count, figsize=(4 * count, 4), layout="constrained", squeeze=False)
