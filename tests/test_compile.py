@@ -24,7 +24,7 @@ COMMON = ("train", "--task.batch", 4, "--inner.steps", 2, "--iterations", 6, "--
 def test_two_compiled_ranks_train_as_one_without(tmp_path: Path):
     """A model of the user's own, tasks of mixed sizes: one graph for all."""
     own = {"PYTHONPATH": str(ROOT / "tests"), "TORCH_LOGS": "recompiles"}
-    arguments = (*COMMON, "--model.name", "smooth:Smooth", "--run_dir")
+    arguments = (*COMMON, "--model.name", "own:Smooth", "--run_dir")
     succeed(*arguments, tmp_path / "plain", **own)
     result = succeed(*arguments, tmp_path / "compiled", "--compile", "true", ranks=2, **own)
     sizes = TaskSizes(1, 10, 10, min_shots=3)

@@ -26,7 +26,7 @@ def agree(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: flo
 def test_every_stage_trains_as_the_torch_engine_does(tmp_path: Path, omniglot_root: str):
     """Omniglot 20-way, two processes, 20 iterations of a smooth model: the engines' steps round differently, and a ReLU at its
     kink turns a last bit into a difference of 1e-4 within ten iterations."""
-    arguments = ("train", "--data.name", "omniglot", "--data.root", omniglot_root, "--model.name", "smooth:Smooth",
+    arguments = ("train", "--data.name", "omniglot", "--data.root", omniglot_root, "--model.name", "own:Smooth",
                  "--task.ways", 20, "--task.shots", 1, "--task.queries", 1, "--task.batch", 5, "--outer.weight_decay", 1e-3,
                  "--rates.alpha", 0.1, "--iterations", 20, "--evaluation.tasks", 8, "--tracking.uri", "disabled", "--run_dir")
     tests = {"PYTHONPATH": str(ROOT / "tests")}
