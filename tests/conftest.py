@@ -110,6 +110,12 @@ def newest_state(run_dir: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read(checkpoint.saved(run_dir / "checkpoints")[-1])
 
 
+def same_bits(a: Path, b: Path) -> bool:
+    """Whether two runs ended with the same training state."""
+    left, right = newest_state(a), newest_state(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 class Small:
     """A float64 problem of one model, small enough for finite differences."""
 

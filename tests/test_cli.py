@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import newest_state, started
+from conftest import newest_state, same_bits, started
 from processes import ROOT, command, run, succeed
 
 from trainer import checkpoint, spool
@@ -101,8 +101,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_used(tmp_path: P
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     result = succeed(*arguments, "--iterations", 12)
     assert "00000008: state.safetensors is damaged" in result.stderr and whole.returncode == 0
-    expected, found = newest_state(tmp_path / "other"), newest_state(folder)
-    assert all(torch.equal(found[name], expected[name]) for name in expected), "not as if nothing had happened"
+    assert same_bits(folder, tmp_path / "other"), "not as if nothing had happened"
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP))
@@ -150,8 +149,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(tmp_pa
     total = spool.read_metrics(folder)[-1]["step"] + 10
     succeed(*arguments, "--iterations", total)
     succeed(*QUICK, "--run_dir", tmp_path / "other", "--iterations", total)
-    expected, found = newest_state(tmp_path / "other"), newest_state(folder)
-    assert resumed_at >= 20 and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert resumed_at >= 20 and same_bits(folder, tmp_path / "other")
     assert [line["step"] for line in spool.read_metrics(folder)] == list(range(1, total + 1))
 
 

@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import newest_state
+from conftest import same_bits
 from processes import run, succeed
 from slurm_cluster import Cluster, absent, until
 
@@ -53,8 +52,7 @@ def uninterrupted(cluster: Cluster, limited: tuple, tmp_path_factory: pytest.Tem
 
 
 def check_same(folder: Path, uninterrupted: tuple[dict, Path]) -> None:
-    expected, found = newest_state(uninterrupted[1]), newest_state(folder)
-    assert all(torch.equal(found[name], expected[name]) for name in expected), "not the bits of an uninterrupted run"
+    assert same_bits(folder, uninterrupted[1]), "not the bits of an uninterrupted run"
     assert [line["step"] for line in spool.read_metrics(folder)] == list(range(1, ITERATIONS + 1))
 
 

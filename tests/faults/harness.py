@@ -19,15 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import outside
 import psutil
-import torch
+from conftest import same_bits
+from processes import ROOT
+from victim import last_line
 
-from trainer import checkpoint, spool
+from trainer import spool
 
-ROOT = Path(__file__).parents[2]
 GAP = 60  # iterations between kills
 PROBLEM = ("train", "--task.batch", "4", "--task.shots", "5", "--task.queries", "5", "--tracking.uri", "disabled",
            "--evaluation.tasks", "8", "--checkpoint.every", "15", "--engine.timeout", "10")
@@ -66,7 +68,7 @@ class Job:
 
     def end(self) -> None:
         for agent in self.agents:
-            for process in [*psutil.Process(agent.pid).children(recursive=True)] if agent.poll() is None else []:
+            for process in psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []:
                 process.kill()
             agent.kill()
             agent.wait()
@@ -74,13 +76,7 @@ class Job:
 
     def step(self) -> int:
         """The last recorded iteration."""
-        path = self.folder / spool.METRICS
-        if not path.is_file():
-            return 0
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = [line for line in file.read().split(b"\n")[1:-1]]
-        return int(lines[-1].split(b",")[0].split(b":")[1]) if lines else len(spool.read_metrics(self.folder))
+        return last_line(self.folder / spool.METRICS)[0]
 
     def wait_for(self, step: int, seconds: float = 120) -> float:
         """Waits for an iteration to be recorded; the seconds it took."""
@@ -132,15 +128,6 @@ def disturb(job: Job, kinds: list[str], chance: random.Random, say: Callable[[st
         seconds.append(time.monotonic() - begun)
         say(f"{number + 1:>4}  {kind:<17} {victim:<32} at iteration {before:>6}  next after {seconds[-1]:5.1f} s")
     return seconds
-
-
-def final_theta(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.read(checkpoint.saved(folder / "checkpoints")[-1])
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    left, right = final_theta(a), final_theta(b)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
 def namespace(number: int) -> str:
@@ -229,9 +216,7 @@ def main() -> None:
     parser.add_argument("--outside", type=int, default=100, help="faults of outside.py")
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    say = partial(print, flush=True)
     good = settings.outside == 0 or outside.campaign(settings.outside, settings.seed, say) == settings.outside
     if settings.kills:
         with tempfile.TemporaryDirectory() as folder:
