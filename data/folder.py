@@ -16,13 +16,12 @@ from torch import Tensor
 from data import store
 from data.errors import InputError, reading
 from data.images import SUFFIXES
-from data.store import Class, File
+from data.store import Class, File, Note
 from data.tasks import SPLITS, TaskBatch, TaskSizes, classification_batch, draw_examples, usable_classes
 
 SHARES = (0.64, 0.16)  # of the classes, train and val where no split is given; the rest is test: mini-ImageNet's own
 RESIDENT = 0.5  # of a GPU's free memory that the images may fill by themselves
 PART = 4096  # images copied there at a time
-Note = tuple[str, str, str]  # as in data.store: a path below the root, the kind of fault, in words
 
 
 def find(root: Path) -> tuple[list[Class], list[Note]]:

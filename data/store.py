@@ -29,6 +29,7 @@ CHECKED = 2**28  # bytes whose checksums are compared when a store is opened: al
 ODD = 0.05  # of the images at most have another size than the rest where that is worth a word
 IMAGES, JOURNAL, INDEX, LEFT_OUT = "images.u8", "journal.jsonl", "index.json", "left_out.txt"
 VERSION = 1  # of the format and of the decoding
+Note = tuple[str, str, str]  # what is wrong with a file or folder: its path below the root, the kind, in words
 
 
 class File(NamedTuple):
@@ -48,12 +49,12 @@ class Class(NamedTuple):
 class Store(NamedTuple):
     images: np.memmap  # uint8 [n, C, side, side], class after class
     classes: list[tuple[str, str, int]]  # split, name and number of images of each, in the order of the images
-    notes: list[tuple[str, str, str]]  # what is wrong with a file or folder: its path, the kind, in words
+    notes: list[Note]
     digest: str  # SHA-256 of all this
     folder: Path
 
 
-def load(root: Path, classes: list[Class], notes: list[tuple[str, str, str]], side: int, colour: bool, cache: Path) -> Store:
+def load(root: Path, classes: list[Class], notes: list[Note], side: int, colour: bool, cache: Path) -> Store:
     """The images of `classes` under `root`, square and in colour or grey, from the cache, or decoded into it. Ranks of one
     node, and several runs, share one store: the first decodes, names on stderr what is wrong with each file (`notes` is what
     is known already), and the others wait.
@@ -100,8 +101,7 @@ def _opened(folder: Path, shape: tuple[int, int, int]) -> Store | None:
     return Store(content, [tuple(c) for c in index["classes"]], [tuple(n) for n in index["notes"]], sealed["digest"], folder)
 
 
-def _made(root: Path, classes: list[Class], notes: list[tuple[str, str, str]], shape: tuple[int, int, int],
-          folder: Path) -> Store:
+def _made(root: Path, classes: list[Class], notes: list[Note], shape: tuple[int, int, int], folder: Path) -> Store:
     """Decodes, and puts the store under its final name."""
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def _shown(root: Path, path: str) -> str:
     return whole if whole.isprintable() else ascii(whole)
 
 
-def _odd_sizes(files: list[str], results: list) -> list[tuple[str, str, str]]:
+def _odd_sizes(files: list[str], results: list) -> list[Note]:
     """Notes on the few images whose size is not that of nearly all others."""
     sizes = Counter(tuple(result) for result in results if not isinstance(result, str))
     (width, height), usual = max(sizes.items(), key=lambda item: item[1], default=((0, 0), 0))
