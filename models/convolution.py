@@ -20,7 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-EPS = 1e-5
+from models.norm import EPS
+
 DIRECT = 5e6  # multiply-adds of a task from which one convolution call a task is faster than im2col on a CPU
 BLOCK = 2**18  # elements that a pass over memory takes at a time on a CPU: what stays in its cache for the next pass
 
