@@ -172,7 +172,7 @@ def _saved(path: Path) -> tuple[Config, Params, Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             config = json.loads(file.metadata()["config"])
-            theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, not a dict
+            theta = {name: file.get_tensor(name) for name in file.keys()}
         alpha = theta.pop(ALPHA)
         return configuration.of(config, f"in {path}", {}), theta, alpha
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -188,7 +188,7 @@ def exported_case(data: DataObject, folder: Path) -> str:
 
         with safetensors.safe_open(Path(original().name) / path.name, "pt") as file:
             facts = file.metadata()
-            theta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  a handle, not a dict
+            theta = {name: file.get_tensor(name) for name in file.keys()}
         if how == "tensors":
             theta = {name: another(data, t) for name, t in theta.items()}
         elif data.draw(st.booleans()):
