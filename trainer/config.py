@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from data.errors import InputError, one_line, reading
+from data.errors import InputError, first_line, one_line, reading
 from trainer.keys import UNION, Config, keys, spelled
 
 IMAGE_MODELS = ("conv4", "conv4_pooled", "resnet12")
@@ -124,8 +124,8 @@ def _parsed(text: str) -> Any:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises a dozen kinds, such as an IndexError of an empty !!int
         mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{place} ({getattr(error, 'problem', None) or error or type(error).__name__})") from None
+        place = f", at line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or first_line(error)}{place}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -136,10 +136,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     try:
         content = _parsed(content.decode())
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # or no UTF-8
         raise InputError(f"--config: {path} is not valid YAML ({error}); correct it") from None
-    except ValueError as error:
-        raise InputError(f"--config: {path} is not valid YAML{error}; correct it") from None
     if not isinstance(content, dict | None):
         raise InputError(f"--config: {path} holds {type(content).__name__}, it must hold a mapping of keys; correct it")
     return flat(content or {}, str(path))
@@ -163,7 +161,7 @@ def from_text(name: str, text: str) -> Any:
     kind = keys()[name][1] if name in keys() else str
     if text == "null":
         return None
-    if dict in (kind, *typing.get_args(kind)) or bool in (kind, *typing.get_args(kind)):
+    if {dict, bool} & {kind, *typing.get_args(kind)}:
         try:
             return _parsed(text)
         except ValueError:
