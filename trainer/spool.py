@@ -182,13 +182,14 @@ def iterations_to(lines: list[dict], threshold: float) -> int | None:
 
 def summarise(lines: list[dict], threshold: float) -> dict:
     """The part of summary.json that follows from the metrics; losses are means over 20 iterations."""
+    first, last = (lines[0], lines[-1]) if lines else ({}, {})
     validated = next((line for line in reversed(lines) if "loss/val" in line), {})
     return {
-        "iterations": lines[-1]["step"] if lines else 0,
-        "alpha_first": lines[0].get("rates/alpha") if lines else None,  # left out of a line where it is not finite
-        "alpha_last": lines[-1].get("rates/alpha") if lines else None,
-        "beta_first": lines[0].get("rates/beta") if lines else None,
-        "beta_last": lines[-1].get("rates/beta") if lines else None,
+        "iterations": last.get("step", 0),
+        "alpha_first": first.get("rates/alpha"),  # left out of a line where it is not finite
+        "alpha_last": last.get("rates/alpha"),
+        "beta_first": first.get("rates/beta"),
+        "beta_last": last.get("rates/beta"),
         "loss_first": mean_of(lines[:20], "loss/train"),
         "loss_last": mean_of(lines[-20:], "loss/train"),
         "val_loss": validated.get("loss/val"),
