@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError, say
-from trainer import comparison, spool
+from trainer import checkpoint, comparison, spool
 from trainer.config import build, flat_values
 from trainer.keys import Config
 
@@ -254,10 +254,9 @@ class Shipment:
         from mlflow.entities import Metric
 
         batch: list[Metric] = []
-        for end, line in spool.read_lines(self.run_dir, self.state["offset"]):
+        for reached, line in spool.read_lines(self.run_dir, self.state["offset"]):
             step, timestamp = line.pop("step"), line.pop("timestamp")
             batch += [Metric(name, value, timestamp, step) for name, value in line.items()]
-            reached = end
             if len(batch) > BATCH - 50:
                 self._send(batch, reached)
                 batch = []
@@ -281,7 +280,7 @@ class Shipment:
 
             for path in draw_curves([(f"{self.config.rates.rule} rule", lines)], self.run_dir / "curves"):
                 self.client.log_artifact(run_id, str(path), "figures")
-        kept = sorted((self.run_dir / "checkpoints").glob("[0-9]*"))
+        kept = checkpoint.saved(self.run_dir / "checkpoints")
         if kept:
             self.client.log_artifacts(run_id, str(kept[-1]), f"checkpoint/{kept[-1].name}")
         final = {"final/loss_val": summary.get("val_loss"), "final/accuracy_val": summary.get("val_accuracy"),
