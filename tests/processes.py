@@ -67,6 +67,15 @@ def succeed(*arguments: object, ranks: int = 0, **environment: str) -> subproces
     return result
 
 
+def wrong(*arguments: object, **environment: str) -> str:
+    """The one line that a command with wrong input leaves on stderr."""
+    result = run(*arguments, **environment)
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("alpha-maml: ")
+    return line
+
+
 def command(*arguments: object, ranks: int = 0) -> list[str]:
     """The words of a process of its own, under torchrun where `ranks` > 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []

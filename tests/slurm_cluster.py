@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from processes import ROOT, free_port, run, succeed
+from processes import ROOT, free_port, succeed, wrong
 from torch import nn
 
 SCRIPT = Path(os.environ.get("SLURM_CLUSTER_SCRIPT", ROOT / "../shared/slurm/start_slurm.sh"))
@@ -88,10 +88,7 @@ class Cluster:
 
     def wrong(self, *arguments: object) -> str:
         """The one line that `alpha-maml slurm` with wrong input leaves."""
-        result = run("slurm", *arguments, **self.environment)
-        assert result.returncode == 2, result.stdout + result.stderr
-        (line,) = result.stderr.splitlines()
-        return line
+        return wrong("slurm", *arguments, **self.environment)
 
     def show(self, job: str) -> list[dict[str, str]]:
         """What SLURM knows of a job: one mapping, or one for each task of an array."""

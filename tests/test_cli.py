@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import newest_state, same_bits, started
-from processes import ROOT, command, run, succeed
+from processes import ROOT, command, run, succeed, wrong
 
 from trainer import checkpoint, spool
 
@@ -18,15 +18,6 @@ QUICK = ("train", "--task.batch", 4, "--tracking.uri", "disabled", "--evaluation
 SUMMARY = {"iterations", "world_size", "device", "engine", "rule", "alpha_first", "alpha_last", "beta_first", "beta_last",
            "loss_first", "loss_last", "val_loss", "val_accuracy", "val_accuracy_ci95", "iterations_to_threshold",
            "tasks_per_s", "seconds", "versions"}
-
-
-def wrong(*arguments: object) -> str:
-    """The one line that a command with wrong input leaves on stderr."""
-    result = run(*arguments)
-    assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("alpha-maml: ")
-    return line
 
 
 def test_help_names_every_verb_and_imports_nothing_slow():

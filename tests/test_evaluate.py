@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, command, free_port, run, succeed
+from processes import ROOT, command, free_port, succeed, wrong
 
 from data.tasks import TaskBatch, classification_loss
 from trainer import config as configuration
@@ -161,8 +161,7 @@ def test_why_it_is_not_in_mlflow_is_one_line(trained: Path, tmp_path: Path):
     (("--out", "/proc/none"), "--out: /proc/none cannot be written"),
 ))
 def test_what_cannot_be_evaluated_is_one_line(arguments: tuple, words: str, trained: Path):
-    result = run("evaluate", "--run_dir", trained, "--evaluation.tasks", 2, *arguments)
-    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert words in wrong("evaluate", "--run_dir", trained, "--evaluation.tasks", 2, *arguments)
 
 
 def test_a_run_with_a_rate_for_each_step_is_evaluated_with_more_steps(tmp_path: Path):

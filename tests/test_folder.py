@@ -12,8 +12,7 @@ import pytest
 import torch
 from pictures import class_folders, picture
 from PIL import Image
-from processes import run, succeed
-from test_cli import wrong
+from processes import run, succeed, wrong
 from test_data import same
 
 from data import images, store

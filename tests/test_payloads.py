@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import class_folders
-from processes import ROOT, succeed
-from test_cli import QUICK, wrong
+from processes import ROOT, succeed, wrong
+from test_cli import QUICK
 
 from data import omniglot, store
 from data.errors import InputError

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from processes import free_port, run, succeed
+from processes import free_port, succeed, wrong
 from safetensors.torch import load_file, save
 
 import models
@@ -98,8 +98,7 @@ def test_what_is_no_export_is_one_line(curve: Path, tmp_path: Path):
     for arguments, words in ((("--run_dir", tmp_path), "is not a run's folder"),
                              (("--run_dir", curve, "--out", tmp_path / "a.pt"), "must end in .safetensors"),
                              (("--run_dir", curve, "--out", tmp_path / "none/a.safetensors"), "cannot be written")):
-        result = run("export", *arguments)
-        assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+        assert words in wrong("export", *arguments)
 
 
 @pytest.fixture

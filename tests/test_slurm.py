@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import same_bits
-from processes import run, succeed
+from processes import succeed, wrong
 from slurm_cluster import Cluster, absent, until
 
 from launch import cli, slurm
@@ -168,16 +168,11 @@ def test_what_slurm_refuses_is_one_line_and_queues_nothing(cluster: Cluster, tmp
     (("--split", "val"), "--split"),
 ))
 def test_wrong_input_is_one_line_before_slurm_is_asked(arguments: tuple, words: str):
-    result = run("slurm", *arguments, PATH="/none")
-    assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("alpha-maml: ") and words in line
+    assert words in wrong("slurm", *arguments, PATH="/none")
 
 
 def test_without_slurm_it_says_so_in_one_line(tmp_path: Path):
-    result = run("slurm", "--run_dir", tmp_path / "run", PATH="/none")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    line = wrong("slurm", "--run_dir", tmp_path / "run", PATH="/none")
     assert line.startswith("alpha-maml: slurm: there is no sbatch on this machine")
 
 
@@ -202,8 +197,7 @@ def test_a_grid_is_an_array_of_a_sweeps_cells(tmp_path: Path):
     assert "\n#SBATCH --array=0-7\n" in text and text.count("\n    run_dir=") == 8
     assert "rates.alpha=0.1,rates.beta=0.01,seed=1" in text and "--tracking.sweep=grid" in text
     for words in (grid[:-2], ("--config", "configs/quickstart.yaml", "configs/omniglot_5w1s.yaml", *grid)):
-        result = run("slurm", *words)
-        assert result.returncode == 2 and "--grid: a sweep needs one --config" in result.stderr
+        assert "--grid: a sweep needs one --config" in wrong("slurm", *words)
 
 
 def test_the_script_holds_the_whole_configuration():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import wrong
+from processes import wrong
 
 from data.errors import InputError, naming
 from trainer import spool

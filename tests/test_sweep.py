@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import same_bits, started
-from processes import run, succeed
+from processes import succeed, wrong
 
 from data.errors import InputError
 from trainer import spool, sweep
@@ -14,13 +14,6 @@ from trainer.config import build
 
 SMALL = ("--task.batch", 4, "--iterations", 12, "--evaluation.tasks", 8, "--checkpoint.every", 0)
 GRID = ("--grid", "rates.alpha=1e-3,1e-1", "--grid", "rates.beta=1e-2,1")
-
-
-def wrong(*arguments: object) -> str:
-    result = run("sweep", *arguments)
-    assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = result.stderr.splitlines()
-    return line
 
 
 def test_a_sweep_is_done_once_in_one_store_one_table_and_one_figure(tmp_path: Path):
@@ -60,7 +53,7 @@ def test_a_second_sweep_of_the_same_folder_is_one_line(tmp_path: Path, backgroun
     first = background(*arguments)
     started(first, tmp_path / "s/rates.alpha=0.001,rates.beta=0.01,seed=0", 5)
     for more in ((), ("--jobs", 2)):
-        assert "is in use by a running job" in wrong(*arguments[1:], *more)
+        assert "is in use by a running job" in wrong(*arguments, *more)
     first.terminate()
     assert first.wait(60) == 143
 
@@ -95,7 +88,7 @@ def test_parts_divide_the_cells(tmp_path: Path):
 
 
 def test_vectorised_is_for_the_torch_engine_alone(tmp_path: Path):
-    line = wrong("--vectorised", "--engine.name", "deepspeed", "--run_dir", tmp_path, *GRID)
+    line = wrong("sweep", "--vectorised", "--engine.name", "deepspeed", "--run_dir", tmp_path, *GRID)
     assert "--vectorised: engine.name deepspeed" in line
 
 
@@ -125,18 +118,16 @@ def test_wrong_grids_are_refused(grids: list[str], seeds: int, message: str, tmp
 
 
 def test_wrong_input_is_one_line(tmp_path: Path):
-    assert "run_dir: is needed" in wrong(*GRID)
-    assert "--seeds: 0 must be 1 or more" in wrong(*GRID, "--run_dir", tmp_path, "--seeds", 0)
-    assert "--part: '3/2' must be I/N" in wrong(*GRID, "--run_dir", tmp_path, "--part", "3/2")
-    assert "drop one of the two" in wrong(*GRID, "--run_dir", tmp_path, "--part", "1/2", "--jobs", 2)
-    assert "--grid" in wrong("--run_dir", tmp_path)
+    assert "run_dir: is needed" in wrong("sweep", *GRID)
+    assert "--seeds: 0 must be 1 or more" in wrong("sweep", *GRID, "--run_dir", tmp_path, "--seeds", 0)
+    assert "--part: '3/2' must be I/N" in wrong("sweep", *GRID, "--run_dir", tmp_path, "--part", "3/2")
+    assert "drop one of the two" in wrong("sweep", *GRID, "--run_dir", tmp_path, "--part", "1/2", "--jobs", 2)
+    assert "--grid" in wrong("sweep", "--run_dir", tmp_path)
     assert not list(tmp_path.iterdir())
-    result = run("report", "--sweep", tmp_path, "--out", tmp_path / "x.png")
-    assert result.returncode == 2 and "is no sweep's folder" in result.stderr
+    report = ("report", "--sweep", tmp_path, "--out", tmp_path / "x.png")
+    assert "is no sweep's folder" in wrong(*report)
     (tmp_path / "sweep.csv").write_text("rates.alpha,rates.beta,seed,status\n1,1,0,FINISHED\n")
-    result = run("report", "--sweep", tmp_path, "--out", tmp_path / "x.png")
-    assert result.returncode == 2 and "has no column iterations_to_threshold" in result.stderr
+    assert "has no column iterations_to_threshold" in wrong(*report)
     rest = ",".join(sweep.RESULTS)
     (tmp_path / "sweep.csv").write_text(f"rates.alpha,seed,{rest}\n1,0,FINISHED,3,1,1,1,1,1,1\n")
-    result = run("report", "--sweep", tmp_path, "--out", tmp_path / "x.png")
-    assert result.returncode == 2 and "varies only rates.alpha" in result.stderr
+    assert "varies only rates.alpha" in wrong(*report)

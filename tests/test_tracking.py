@@ -10,8 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from conftest import Server, started
-from processes import ROOT, run, succeed
-from test_cli import wrong
+from processes import ROOT, run, succeed, wrong
 
 from trainer import spool, tracking
 
