@@ -15,22 +15,19 @@ UNNAMED = ("rates.rule", "run_dir", "tracking.", "checkpoint.", "evaluation.", "
 
 
 class Recorded(NamedTuple):
-    folder: Path
     config: Config
     lines: list[dict]  # of metrics.jsonl
 
 
 def read(folder: Path, needed: tuple[str, ...]) -> Recorded:
     """A run's configuration and metrics; raises InputError where it has none, or none of a `needed` one."""
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"--runs: {folder} is not a run's folder (it has no config.yaml); give one that is")
-    lines = spool.read_metrics(folder)
+    config, lines = configuration.of_run(folder, {}), spool.read_metrics(folder)
     if not lines:
-        raise InputError(f"--runs: {folder} has recorded no iteration yet; train it first")
+        raise InputError(f"run_dir: {folder} has recorded no iteration yet; train it first")
     for name in needed:
         if not any(name in line for line in lines):
-            raise InputError(f"--runs: {folder} has recorded no {name}, which the figure shows; give a run that has")
-    return Recorded(folder, configuration.build(folder / "config.yaml", {}), lines)
+            raise InputError(f"run_dir: {folder} has recorded no {name}, which the figure shows; give a run that has")
+    return Recorded(config, lines)
 
 
 def labels(runs: list[Recorded]) -> list[str]:

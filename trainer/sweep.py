@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import InputError
+from data.errors import InputError, reading
 from trainer import config as configuration
 from trainer import loop, spool, vectorised
 from trainer.collective import World
@@ -145,10 +145,12 @@ def publish(done: list[Cell]) -> str:
 def read_table(folder: Path) -> list[dict[str, str]]:
     """The rows of a sweep's table, as text; raises InputError where there is none."""
     path = folder / TABLE
-    if not path.is_file():
-        raise InputError(f"--sweep: {folder} is no sweep's folder, it has no {TABLE}; give one in which alpha-maml sweep ended")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with reading("--sweep"):
+        if not path.is_file():
+            raise InputError(f"--sweep: {folder} is no sweep's folder, it has no {TABLE}; give one in which alpha-maml sweep "
+                             "ended")
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
     for name in RESULTS:
         if not rows or name not in rows[0]:
             raise InputError(f"--sweep: {path} has no column {name}; start alpha-maml sweep again, which writes it anew")
