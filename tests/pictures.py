@@ -1,6 +1,8 @@
-"""Folders of small generated images."""
+"""Folders of small generated images, and images that lie."""
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,17 @@ def class_folders(root: Path, classes: int, images: int, side: int = 16) -> Path
         for i in range(images):
             picture(root / f"c{c:03d}" / f"{i}.png", c * images + i, side, colour)
     return root
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def claiming(width: int, height: int, pixels: bytes = b"") -> bytes:
+    """A PNG of that size by its header, whatever is in it."""
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
 
 
 def listing(root: Path) -> list[Class]:

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import claiming
 from PIL import Image
 
 from data import images
@@ -18,15 +17,6 @@ from data.examples import read
 
 def prepared(image: Image.Image) -> np.ndarray:
     return images.resized(image, 8, True)
-
-
-def claiming(width: int, height: int) -> bytes:
-    """A PNG of that size by its header, with nothing in it."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
 def test_no_program_is_run_for_a_file_that_asks_for_one(tmp_path: Path, monkeypatch):

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import class_folders, listing, picture
+from pictures import claiming, class_folders, listing, picture
 from PIL import Image
 from processes import ROOT
 
@@ -74,20 +73,11 @@ def test_a_damaged_store_is_made_again(damage, tmp_path: Path, capsys):
     assert again.digest == first.digest and np.array_equal(again.images, content)
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG that claims to be so large."""
-    def part(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    return (b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + part(b"IDAT", zlib.compress(bytes(100))) + part(b"IEND", b""))
-
-
 def test_what_is_wrong_with_files_is_named_once_and_the_rest_is_there(tmp_path: Path, capsys):
     root = class_folders(tmp_path / "root", 3, 20)
     for name, content in (("c000/0.png", b"no image"), ("c000/1.png", (root / "c000/1.png").read_bytes()[:300]),
-                          ("c001/2.png", b""), ("c001/3.png", bomb(20_000, 20_000)), ("c001/4.png", bomb(9_000, 9_000)),
-                          ("c001/5.png", bomb(50_000, 50_000))):
+                          ("c001/2.png", b""), ("c001/3.png", claiming(20_000, 20_000)), ("c001/4.png", claiming(9_000, 9_000)),
+                          ("c001/5.png", claiming(50_000, 50_000))):
         (root / name).write_bytes(content)
     picture(root / "c002/6.png", 0, side=24)
     found = loaded(root, tmp_path / "cache")

@@ -16,6 +16,7 @@ import numpy as np
 import run_areas
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
+from pictures import chunk, claiming
 from PIL import Image
 
 from data import examples, folder, images, omniglot, store
@@ -40,17 +41,6 @@ def compressed() -> bytes:
     return zlib.compress(bytes(100_000_000))
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    """Of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def header(width: int, height: int) -> bytes:
-    """A PNG that claims any size, with little in it."""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(
-        b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
 @st.composite
 def pictures(draw) -> bytes:
     """The bytes of an image, or of what claims to be one."""
@@ -58,7 +48,7 @@ def pictures(draw) -> bytes:
     if kind == "tiny":
         return picture("PNG", (draw(st.integers(1, 2)), draw(st.sampled_from((1, 2, 5000)))))
     if kind == "huge":
-        return header(*(draw(st.sampled_from((0, 1, 9_000, 20_000, 2**31 - 1))) for _ in range(2)))
+        return claiming(*(draw(st.sampled_from((0, 1, 9_000, 20_000, 2**31 - 1))) for _ in range(2)), bytes(1000))
     if kind == "mode":
         form, mode = draw(st.sampled_from(MODES))
         return picture(form, (9, 9), 1, mode)

@@ -30,6 +30,7 @@ from hypothesis.strategies import DataObject
 
 from data.errors import InputError
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/pictures.py
 SECONDS = 30  # that a case may take; the slowest takes two
 MEMORY = 6 * 2**30  # bytes of addresses above what the process has, so that a bomb fails here and not on the whole machine
 PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where a sync costs nothing
