@@ -129,7 +129,7 @@ def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         finally:
             progress.finish()
     if status == "KILLED":
-        return 128 + (stop.signal or 15)
+        return stop.code
     return 0 if status == "FINISHED" else 1
 
 
@@ -168,7 +168,7 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
             stop = runtime.StopRequest()
             with runtime.world(base.device, base.engine.timeout) as world:
                 mine = cells[int(part) - 1::int(parts)]
-                codes = [0 if sweeping.work(mine, world, stop, known.vectorised) else 128 + (stop.signal or 15)]
+                codes = [0 if sweeping.work(mine, world, stop, known.vectorised) else stop.code]
         if parts == "1":
             rows = sweeping.table(cells, folder)
             print(*sweeping.lines(rows), f"\n{folder / sweeping.TABLE}", sep="\n")

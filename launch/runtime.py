@@ -91,3 +91,8 @@ class StopRequest:
 
     def __call__(self) -> bool:
         return self.signal is not None
+
+    @property
+    def code(self) -> int:
+        """The exit code of a run that was stopped: the signal's own, SIGTERM's where another rank alone has received it."""
+        return 128 + (self.signal or signal.SIGTERM)
