@@ -22,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from data import images
-from data.errors import InputError, say
+from data.errors import InputError, one_line, say
 
 CHUNK = 256  # images between two lines of the journal
 CHECKED = 2**28  # bytes whose checksums are compared when a store is opened: all of a small one, a part of a large one
@@ -115,8 +115,9 @@ def _made(root: Path, classes: list[Class], notes: list[Note], shape: tuple[int,
     results = [result for chunk in chunks for result in chunk["results"]]
     notes = notes + [(path, "broken images", f"cannot be decoded ({result}); it is left out")
                      for path, result in zip(files, results) if isinstance(result, str)] + _odd_sizes(files, results)
-    for path, _, words in notes:
-        say(f"data.root: {_shown(root, path)} {words}")
+    lines = [f"{root / path} {words}" for path, _, words in notes]
+    for line in lines:
+        say(f"data.root: {line}")
     remaining = iter(results)
     counts = [sum(not isinstance(next(remaining), str) for _ in c.files) for c in classes]
     if not any(counts):
@@ -124,8 +125,7 @@ def _made(root: Path, classes: list[Class], notes: list[Note], shape: tuple[int,
                          "that does, see docs/data.md")
     index = {"classes": [(c.split, c.name, count) for c, count in zip(classes, counts)], "notes": notes,
              "chunks": [(chunk["bytes"], chunk["checksum"]) for chunk in chunks]}
-    (partial / LEFT_OUT).write_text("".join(f"{_shown(root, path)} {words}\n" for path, _, words in notes), "utf-8",
-                                    "backslashreplace")
+    (partial / LEFT_OUT).write_text("".join(f"{one_line(line)}\n" for line in lines), "utf-8")
     (partial / INDEX).write_text(json.dumps({"index": index, "digest": _digest(index)}))
     for name in (IMAGES, INDEX):
         with (partial / name).open("rb") as file:
@@ -140,12 +140,6 @@ def _made(root: Path, classes: list[Class], notes: list[Note], shape: tuple[int,
 
 def _digest(index: dict) -> str:
     return hashlib.sha256(json.dumps(index).encode()).hexdigest()
-
-
-def _shown(root: Path, path: str) -> str:
-    """A path on one line, whatever its name holds."""
-    whole = str(root / path)
-    return whole if whole.isprintable() else ascii(whole)
 
 
 def _odd_sizes(files: list[str], results: list) -> list[Note]:
