@@ -116,6 +116,12 @@ def same_bits(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], names: str) -> float:
+    """The relative difference of the tensors whose names begin so."""
+    left, right = (torch.cat([t.flatten().double() for n, t in x.items() if n.startswith(names)]) for x in (a, b))
+    return float((left - right).norm() / right.norm())
+
+
 class Small:
     """A float64 problem of one model, small enough for finite differences."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import newest_state, same_bits
+from conftest import apart, newest_state, same_bits
 from processes import ROOT, command, free_port, run, succeed
 
 from trainer import spool
@@ -21,11 +21,6 @@ def train(folder: Path, ranks: int, *arguments: object) -> dict[str, torch.Tenso
     return newest_state(folder)
 
 
-def relative(a: dict, b: dict, names: str) -> float:
-    left, right = (torch.cat([t.flatten().double() for n, t in x.items() if n.startswith(names)]) for x in (a, b))
-    return float((left - right).norm() / right.norm())
-
-
 @pytest.mark.parametrize(("rule", "precision", "tolerance"), (
     ("adaptive", "float64", 1e-12), ("adaptive", "float32", 1e-5), ("paper", "float64", 1e-12)))
 def test_world_sizes_agree(rule: str, precision: str, tolerance: float, tmp_path: Path):
@@ -35,8 +30,8 @@ def test_world_sizes_agree(rule: str, precision: str, tolerance: float, tmp_path
     succeed("train", *COMMON, "--run_dir", plain, *arguments)
     for size, state in states.items():
         for names in ("theta.", "rates.alpha", "rates.beta", "outer.previous."):
-            assert relative(state, newest_state(plain), names) <= tolerance, (size, names)
-    assert relative(states[1], newest_state(plain), "theta.") == 0, "torchrun with one process is the plain command"
+            assert apart(state, newest_state(plain), names) <= tolerance, (size, names)
+    assert apart(states[1], newest_state(plain), "theta.") == 0, "torchrun with one process is the plain command"
     losses = [spool.read_json(tmp_path / str(size) / "summary.json")["val_loss"] for size in states]
     assert losses == pytest.approx([losses[0]] * 4, rel=100 * tolerance)
     skipped = [line["guards/skipped"] for line in spool.read_metrics(plain)]
@@ -53,7 +48,7 @@ def test_world_sizes_agree_whatever_adapts_and_however(options: tuple, tmp_path:
     states = {size: train(tmp_path / str(size), size, "--precision", "float64", *options) for size in (1, 2, 3)}
     for size in (2, 3):
         for names in ("theta.", "rates.alpha", "rates.beta"):
-            assert relative(states[size], states[1], names) <= 1e-12, (size, names)
+            assert apart(states[size], states[1], names) <= 1e-12, (size, names)
     start = torch.full_like(states[1]["rates.alpha"], 0.01)
     assert float((states[1]["rates.alpha"] != start).double().mean()) > 0.5, "rates never moved"  # a dead unit has none
 
@@ -65,7 +60,7 @@ def test_world_sizes_agree_on_norms_of_each_step(norm: str, tmp_path: Path, omni
                  "--inner.per_step", "*norm*", "--precision", "float64", "--iterations", 8)
     one, two = (train(tmp_path / str(size), size, *arguments) for size in (1, 2))
     for names in ("theta.", "rates.alpha", "rates.beta"):
-        assert relative(two, one, names) <= 1e-12, names
+        assert apart(two, one, names) <= 1e-12, names
     first, second = one["theta.blocks.0.norm.weight"]
     assert first.shape == (8,) and not torch.allclose(first, second), "the steps' own have stayed alike"
 
