@@ -36,6 +36,13 @@ def expected(problem: Small, steps: int, order: str) -> tuple[Params, torch.Tens
     return dict(zip(theta, gradient)), on_alpha
 
 
+def beside(gradient: Params, generator: torch.Generator) -> Params:
+    """A random direction, as much of it along the gradient: a slope that is not small."""
+    v = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in gradient.items()}
+    length, norm = dot(v, v).sqrt(), dot(gradient, gradient).sqrt()
+    return {name: x / length + gradient[name] / norm for name, x in v.items()}
+
+
 def slope(problem: Small, direction: Params, steps: int, h: float = 1e-7) -> float:
     """The derivative of the query loss along `direction`, by central differences. h is small: a ReLU that switches between the
     two points would spoil the difference."""
@@ -51,8 +58,6 @@ def assert_exact(problem: Small, steps: int, order: str) -> MetaGradient:
     assert relative(total.gradient, gradient) < 1e-12
     assert float(total.alpha_gradient) == pytest.approx(float(on_alpha), rel=1e-11)
     if order == "second":
-        generator, length = torch.Generator().manual_seed(1), dot(total.gradient, total.gradient).sqrt()
-        v = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in problem.theta.items()}
-        v = {name: x / dot(v, v).sqrt() + total.gradient[name] / length for name, x in v.items()}
+        v = beside(total.gradient, torch.Generator().manual_seed(1))
         assert slope(problem, v, steps) == pytest.approx(float(dot(total.gradient, v)), rel=1e-6)
     return total

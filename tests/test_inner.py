@@ -1,15 +1,17 @@
 """What adapts, rates per tensor, step and number, and the objectives, in float64: finite differences and plain loops."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import Small
+from exactness import beside
 
 from data.errors import InputError
 from trainer import inner
-from trainer.inner import InnerLoop
+from trainer.inner import InnerLoop, Params
 from trainer.keys import Config
 from trainer.maml import adaptation, dot, meta_gradient
 
@@ -32,8 +34,11 @@ def measured(problem: Small, alpha: torch.Tensor, loop: InnerLoop, way: str):
                          forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
 
 
-def random_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+def assert_slope(loss: Callable[[Params], torch.Tensor], at: Params, gradient: Params, generator: torch.Generator) -> None:
+    """Central differences along a direction."""
+    v, h = beside(gradient, generator), 1e-7
+    ahead, behind = (loss({n: p + s * v[n] for n, p in at.items()}) for s in (h, -h))
+    assert float(ahead - behind) / (2 * h) == pytest.approx(float(dot(gradient, v)), rel=1e-6)
 
 
 OBJECTIVES = {
@@ -49,22 +54,14 @@ OBJECTIVES["all of them, computed anew"] = OBJECTIVES["all of them"] | {"recompu
 @pytest.mark.parametrize("shape", ("scalar", "layer", "layer_step", "parameter"))
 @pytest.mark.parametrize(("name", "adapts"), (("mlp", "all"), ("mlp", "head"), ("conv4", "body")))
 def test_agrees_with_central_differences(name: str, adapts: str, shape: str, objective: str, way: str):
-    problem, generator, h = Small(name), torch.Generator().manual_seed(2), 1e-7
+    problem, generator = Small(name), torch.Generator().manual_seed(2)
     loop = InnerLoop(3, "second", inner.chosen(problem.theta, adapts), shape, **OBJECTIVES[objective])
     alpha = 0.1 + 0.1 * torch.rand(inner.alpha_sizes(loop, problem.theta), generator=generator, dtype=torch.float64)
     total = measured(problem, alpha, loop, way)
     assert total.alpha_gradient.shape == total.alignment_norm.shape == alpha.shape
-
-    v = {n: random_like(p, generator) for n, p in problem.theta.items()}
-    length, norm = dot(v, v).sqrt(), dot(total.gradient, total.gradient).sqrt()
-    v = {n: x / length + total.gradient[n] / norm for n, x in v.items()}  # some of it along G: a slope that is not small
-    ahead, behind = (total_loss(problem, {n: p + s * v[n] for n, p in problem.theta.items()}, alpha, loop) for s in (h, -h))
-    assert float(ahead - behind) / (2 * h) == pytest.approx(float(dot(total.gradient, v)), rel=1e-6)
-
-    v = random_like(alpha, generator)
-    v = v / v.norm() + total.alpha_gradient / total.alpha_gradient.norm()
-    ahead, behind = (total_loss(problem, problem.theta, alpha + s * v, loop) for s in (h, -h))
-    assert float(ahead - behind) / (2 * h) == pytest.approx(float((total.alpha_gradient * v).sum()), rel=1e-6)
+    assert_slope(lambda theta: total_loss(problem, theta, alpha, loop), problem.theta, total.gradient, generator)
+    assert_slope(lambda rates: total_loss(problem, problem.theta, rates["alpha"], loop), {"alpha": alpha},
+                 {"alpha": total.alpha_gradient}, generator)
 
 
 def unrolled(problem: Small, names: list[str], rate_of: dict, steps: int, clip: float = 0.0) -> tuple[dict, list]:
@@ -92,7 +89,7 @@ def unrolled(problem: Small, names: list[str], rate_of: dict, steps: int, clip: 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("recompute", (False, True))
 def test_what_is_per_step_is_exact(recompute: bool, way: str):
-    problem, generator, h = Small("conv4"), torch.Generator().manual_seed(5), 1e-7
+    problem, generator = Small("conv4"), torch.Generator().manual_seed(5)
     names = inner.stepped(problem.theta, "*norm*")
     assert len(names) == 8
     for name in names:
@@ -102,12 +99,7 @@ def test_what_is_per_step_is_exact(recompute: bool, way: str):
                      weights=torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))
     total = measured(problem, problem.alpha, loop, way)
     assert all(total.gradient[name].shape == p.shape for name, p in problem.theta.items())
-    v = {n: random_like(p, generator) for n, p in problem.theta.items()}
-    length, norm = dot(v, v).sqrt(), dot(total.gradient, total.gradient).sqrt()
-    v = {n: x / length + total.gradient[n] / norm for n, x in v.items()}
-    ahead, behind = (total_loss(problem, {n: p + s * v[n] for n, p in problem.theta.items()}, problem.alpha, loop)
-                     for s in (h, -h))
-    assert float(ahead - behind) / (2 * h) == pytest.approx(float(dot(total.gradient, v)), rel=1e-6)
+    assert_slope(lambda theta: total_loss(problem, theta, problem.alpha, loop), problem.theta, total.gradient, generator)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -115,8 +107,8 @@ def test_per_step_is_a_plain_loop_in_which_step_k_has_its_own(way: str):
     """The queries take the last step's."""
     problem, generator, steps = Small("conv4"), torch.Generator().manual_seed(6), 2
     names = inner.stepped(problem.theta, "*norm*")
-    own = {n: [(problem.theta[n] + 0.1 * random_like(problem.theta[n], generator)).requires_grad_() for _ in range(steps)]
-           for n in names}
+    own = {n: [(p + 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)).requires_grad_() for _ in range(steps)]
+           for n, p in problem.theta.items() if n in names}
     adapted = {n: p.clone().requires_grad_() for n, p in problem.theta.items() if n not in names}
     total = 0.0
     for b in range(3):

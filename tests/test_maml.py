@@ -8,7 +8,7 @@ import exactness
 import pytest
 import torch
 from conftest import Small
-from exactness import relative
+from exactness import beside, relative
 from processes import ROOT
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -40,9 +40,7 @@ def test_agrees_with_central_differences(name: str, steps: int, way: str):
                           forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
-        v = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in problem.theta.items()}
-        length = dot(v, v).sqrt()
-        v = {n: x / length + total.gradient[n] / dot(total.gradient, total.gradient).sqrt() for n, x in v.items()}
+        v = beside(total.gradient, generator)
         ahead, behind = ({n: p + s * v[n] for n, p in problem.theta.items()} for s in (h, -h))
         slope = (query_loss(problem, ahead, problem.alpha, steps) - query_loss(problem, behind, problem.alpha, steps)) / (2 * h)
         assert float(slope) == pytest.approx(float(dot(total.gradient, v)), rel=1e-6)
