@@ -1,6 +1,7 @@
 """What is said to the user, and the one exception that means: the user's input is wrong."""
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LONGEST = 2000  # characters of a line
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # no path or permission mends these
 PASSWORD = re.compile(r"(?<=://)[^\s:/@]*:[^@]*@|(?<=[?&])password=[^\s&]*", re.IGNORECASE)  # in the address of a store
 
 
@@ -53,9 +55,11 @@ def say(line: str) -> None:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """What hinders the reading of files inside is an InputError about the key or option `what`."""
+    """What hinders the reading of files inside is an InputError about the key or option `what`, unless it is the machine."""
     try:
         yield
     except OSError as error:
+        if error.errno in MACHINE:
+            raise
         raise InputError(f"{what}: {error.filename or 'a file'} cannot be read ({error.strerror or error}); check the path and "
                          "its permissions") from None

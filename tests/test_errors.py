@@ -1,6 +1,7 @@
 """What is said to the user: one line, without what is secret."""
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,8 @@ def test_an_error_that_says_nothing_is_called_by_its_type(text: str, line: str):
 def test_what_hinders_reading_is_about_the_key(tmp_path: Path):
     with pytest.raises(InputError, match="data.root: .*none cannot be read .No such file"), reading("data.root"):
         (tmp_path / "none").read_text()
+
+
+def test_what_the_machine_lacks_is_not_about_the_key():
+    with pytest.raises(OSError, match="Too many"), reading("data.root"):
+        raise OSError(errno.EMFILE, "Too many open files", "x")

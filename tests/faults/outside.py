@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from victim import EVERY, GRACE, ITERATIONS, Run, backwards, drain, free_port, on_a_terminal
+from victim import EVERY, GRACE, ITERATIONS, Run, backwards, free_port, on_a_terminal, terminal
 
 from trainer import checkpoint, spool, tracking
 
@@ -198,13 +198,11 @@ class Outside:
     def terminal_is_closed(self) -> str:
         master, slave = pty.openpty()
         with Run(self.place(), *QUIET, "--iterations", "1000000", target=on_a_terminal) as run:
-            terminal = os.ttyname(slave)
-            run.log.symlink_to(terminal)
-            os.close(slave)
-            drained = threading.Thread(target=drain, args=(master,), daemon=True)
-            drained.start()
+            run.log.symlink_to(os.ttyname(slave))
+            closing = threading.Event()
+            threading.Thread(target=terminal, args=(master, slave, closing), daemon=True).start()
             self.disturbed(run)
-            os.close(master)
+            closing.set()
             assert run.codes() == [128 + signal.SIGHUP]
             run.log.unlink()
             run.is_saved()

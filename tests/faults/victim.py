@@ -4,8 +4,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,9 +128,11 @@ def on_a_terminal(arguments: list[str], environment: dict[str, str], output: str
     child(arguments, environment, output, errors)
 
 
-def drain(master: int) -> None:
-    try:
-        while os.read(master, 4096):
-            pass
-    except OSError:
-        pass
+def terminal(master: int, slave: int, closing: threading.Event) -> None:
+    """Shows what is written to it until it is closed. A read that still waits would put that off, and without the slave,
+    before the process has opened it, a read would fail."""
+    while not closing.is_set():
+        if select.select([master], [], [], 0.01)[0]:
+            os.read(master, 4096)
+    os.close(slave)
+    os.close(master)
