@@ -39,15 +39,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def places(ranks: int) -> list[dict[str, str]]:
+    """What torchrun puts into the environment of each of `ranks` processes of one group; 0 is one process without."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
+             "LOCAL_WORLD_SIZE": str(ranks)}
+    return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] or [{}]
+
+
 def run(*arguments: object, ranks: int = 0, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
     """alpha-maml to its end: one process, or `ranks` of one group. The exit code is the first that is not 0."""
     words, processes = [str(a) for a in arguments], []
     with tempfile.TemporaryDirectory() as folder:
         output, errors = f"{folder}/output", f"{folder}/errors"
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-                 "LOCAL_WORLD_SIZE": str(ranks)}
-        for rank in range(max(ranks, 1)):
-            place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
+        for place in places(ranks):
             processes.append(FORKS.Process(target=child, args=(words, place | environment, output, errors)))
             processes[-1].start()
         codes = []

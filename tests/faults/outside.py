@@ -24,10 +24,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
-from victim import EVERY, GRACE, ITERATIONS, Run, backwards, free_port, on_a_terminal, terminal
+from conftest import same_bits
+from processes import free_port
+from victim import EVERY, GRACE, ITERATIONS, Run, backwards, on_a_terminal, terminal
 
-from trainer import checkpoint, spool, tracking
+from trainer import spool, tracking
 
 QUIET, ENDLESS = ("--tracking.uri", "disabled", "--iterations", str(ITERATIONS)), ("--iterations", "1000000")
 PATIENCE = 1  # tracking.timeout of these runs, seconds
@@ -53,8 +54,7 @@ class Outside:
         with Run(folder, *QUIET, ranks=ranks) as run:
             assert set(run.codes(60)) == {0}, run.text()
             run.is_saved()
-        found, expected = (checkpoint.read(checkpoint.saved(x / "checkpoints")[-1]) for x in (folder, self.undisturbed[ranks]))
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert same_bits(folder, self.undisturbed[ranks])
 
     @contextmanager
     def disk(self, size: str = "4m", options: str = "") -> Iterator[Path]:

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import select
-import sys
 import termios
 import threading
 import time
@@ -14,9 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from processes import FORKS, ROOT, child, free_port
+from processes import FORKS, ROOT, child, places
 
 from trainer import checkpoint, spool
 
@@ -47,10 +44,7 @@ class Run:
     def __init__(self, folder: Path, *arguments: str, ranks: int = 0, target: Callable = child, log: Path | None = None):
         self.folder, self.log, self.processes = folder, log or folder.parent / f"{folder.name}.log", []
         self.log.unlink(missing_ok=True)
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-                 "LOCAL_WORLD_SIZE": str(ranks)}
-        for rank in range(max(ranks, 1)):
-            place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
+        for place in places(ranks):
             self.processes.append(FORKS.Process(target=target, args=(
                 [*PROBLEM, *arguments, "--run_dir", str(folder)], place | {"PYTHONPATH": str(ROOT / "tests")}, str(self.log),
                 str(self.log))))
