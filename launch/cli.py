@@ -216,4 +216,5 @@ def sync(known: argparse.Namespace, overrides: dict[str, str]) -> int:
               "is lost, run the same command again", file=sys.stderr)
         return 1
     print(f"{folder}: all {state['offset']} bytes of metrics are in MLflow, run {state['run_id']}")
+    print(tracking.link(config, folder))
     return 0

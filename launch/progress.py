@@ -79,12 +79,12 @@ class Progress:
         if unsent:
             print(f"alpha-maml: {unsent}", file=sys.stderr)
         curves = self.folder / "curves.png"  # the sender draws it, when all is in the store
-        drawn = curves if self.sender and not unsent else f"alpha-maml report --runs {self.folder} --out {curves}"
-        print(f"\nCurves: {drawn}")
-        if self.sender:
+        if self.sender and not unsent:
             from trainer.tracking import link
 
-            print(link(self.config, self.folder))
+            print(f"\nCurves: {curves}\n{link(self.config, self.folder)}")
+        else:
+            print(f"\nCurves: alpha-maml report --runs {self.folder} --out {curves}")
 
     def _table(self, summary: dict) -> None:
         rows = [("", "first", "last")] + [

@@ -83,7 +83,8 @@ def test_a_server_killed_mid_run_costs_nothing_and_sync_completes_the_store(tmp_
     assert stored(tmp_path / "store.db") < recorded(folder)
     assert run("sync", "--run_dir", folder, timeout=120).returncode == 1, "the store is still away"
     server.start()
-    assert "are in MLflow" in succeed("sync", "--run_dir", folder).stdout
+    shipped = succeed("sync", "--run_dir", folder).stdout
+    assert "are in MLflow" in shipped and f"Compare runs: {server.uri}" in shipped and (folder / "curves.png").is_file()
     assert stored(tmp_path / "store.db") == recorded(folder) and status(tmp_path / "store.db") == ["FINISHED"]
 
 
