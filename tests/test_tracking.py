@@ -50,6 +50,7 @@ def test_after_a_run_every_point_is_in_the_store(tmp_path: Path):
     params = dict(rows(database, "select key, value from params"))
     assert params["rates.alpha"] == "0.01" and params["task.batch"] == "4"
     assert f"Curves: {folder / 'curves.png'}\n" in result.stdout and (folder / "curves.png").is_file()
+    assert "<!-- loss_threshold 2.5" in (folder / "curves.svg").read_text()
     assert f"mlflow ui --backend-store-uri sqlite:///{database}" in result.stdout
     assert "runs?workflowType=machine_learning&compareRunsMode=CHART" in result.stdout
     artifacts = {p.name for p in (tmp_path / "mlartifacts").rglob("*") if p.is_file()}
