@@ -43,6 +43,7 @@ bench: .venv/bench
 
 # torch comes first and pinned: resolved together with the others, pip would take the newest build with all of CUDA.
 .venv/ready: constraints.txt pyproject.toml
+	@echo "Setting up .venv with torch, DeepSpeed and MLflow: some minutes, without a word, once."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --constraint constraints.txt torch==2.13.0
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --constraint constraints.txt --editable '.[test]'

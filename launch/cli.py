@@ -22,7 +22,7 @@ VERBS = {
     "evaluate": "test a trained run on held-out tasks",
     "adapt": "learn a new task from a few examples and predict with a trained run",
     "export": "write a trained run's weights as one file, and serve them as an MLflow model",
-    "report": "draw losses and rates of several runs side by side",
+    "report": "draw losses and rates of several runs side by side, or the map of a sweep",
     "sync": "ship to MLflow what a run that has ended left unsent",
 }
 
@@ -55,8 +55,8 @@ def parser() -> Parser:
             which = sub.add_mutually_exclusive_group(required=True)
             which.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="the runs' folders: losses and rates")
             which.add_argument("--sweep", type=Path, metavar="DIR", help="a sweep's folder: maps of its grid")
-            which.add_argument("--column", action="append", nargs="+", metavar="WORD", help="a title and runs' folders: a "
-                               "column of the paper's first figure, rates and losses in rows; repeat")
+            which.add_argument("--column", action="append", nargs="+", metavar=("TITLE", "DIR"), help="a title and runs' "
+                               "folders: a column of the paper's first figure, rates and losses in rows; repeat")
             sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the figure; .png and .svg are written")
             continue
         if verb in ("sync", "adapt", "export"):
@@ -213,4 +213,5 @@ def sync(known: argparse.Namespace, overrides: dict[str, str]) -> int:
             "again")
         return 1
     print(f"{folder}: all {state['offset']} bytes of metrics are in MLflow, run {state['run_id']}")
+    print(tracking.link(config, folder))
     return 0

@@ -76,12 +76,15 @@ class Progress:
         summary = spool.read_json(self.folder / "summary.json")
         if summary:  # a full disk may have kept it from being written
             self._table(summary)
-        if self.sender:
+        if unsent:
+            print(f"alpha-maml: {unsent}", file=sys.stderr)
+        curves = self.folder / "curves.png"  # the sender draws it, when all is in the store
+        if self.sender and not unsent:
             from trainer.tracking import link
 
-            if unsent:
-                print(f"alpha-maml: {unsent}", file=sys.stderr)
-            print(f"\nCurves: {self.folder / 'curves.png'}\n{link(self.config, self.folder)}")
+            print(f"\nCurves: {curves}\n{link(self.config, self.folder)}")
+        else:
+            print(f"\nCurves: alpha-maml report --runs {self.folder} --out {curves}")
 
     def _table(self, summary: dict) -> None:
         rows = [("", "first", "last")] + [
@@ -97,5 +100,6 @@ class Progress:
             print(f"  validation loss {summary['val_loss']:.4f}")
         reached = summary.get("iterations_to_threshold")
         print(f"  loss under {self.config.loss_threshold:g}: " + (f"iteration {reached}" if reached else "not reached"))
-        print(f"  {spool.shown(summary.get('tasks_per_s'))} tasks/s on {summary.get('world_size')} ranks, "
+        ranks = summary.get("world_size")
+        print(f"  {spool.shown(summary.get('tasks_per_s'))} tasks/s on {ranks} rank{'s' * (ranks != 1)}, "
               f"{summary.get('seconds', 0):.1f} s; everything is in {self.folder}")

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  its default arguments would keep a group that is there already alive
 
 from data.errors import InputError, first_line
 from trainer.collective import World

@@ -34,7 +34,8 @@ def test_a_run_leaves_what_is_promised_and_says_when_it_is_finished(tmp_path: Pa
     arguments = (*QUICK, "--run_dir", folder, "--iterations", 25, "--evaluation.every", 10, "--checkpoint.every", 5,
                  "--checkpoint.keep", 2)
     result = succeed(*arguments)
-    assert "25/25" in result.stdout and "alpha" in result.stdout and "tasks/s" in result.stdout
+    assert "25/25" in result.stdout and "alpha" in result.stdout and "tasks/s on 1 rank," in result.stdout
+    assert f"Curves: alpha-maml report --runs {folder}" in result.stdout, "nobody drew them"
     lines = spool.read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, 26))
     assert {"loss/train", "rates/alpha", "rates/beta", "hypergradients/alpha", "hypergradients/beta", "perf/tasks_per_s",

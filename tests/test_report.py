@@ -26,6 +26,8 @@ def test_runs_are_called_by_method_and_by_what_differs(runs: list[Path]):
     assert report.labels([report.read(folder, NEEDED) for folder in runs[1:]]) == [
         "Alpha MAML, paper's rule, beta_hyperlr 1e-06", "Alpha MAML, paper's rule, beta_hyperlr 1e-05"]
     assert report.labels([report.read(runs[0], NEEDED)]) == ["MAML"]
+    assert report.labels([report.read(folder, NEEDED) for folder in runs[:2]]) == [
+        "MAML", "Alpha MAML, paper's rule, beta_hyperlr 1e-06"], "plain MAML has no hyper-rate"
 
 
 def test_columns_are_drawn_with_every_row(runs: list[Path], tmp_path: Path):

@@ -48,6 +48,8 @@ def test_after_a_run_every_point_is_in_the_store(tmp_path: Path):
     assert status(database) == ["FINISHED"]
     params = dict(rows(database, "select key, value from params"))
     assert params["rates.alpha"] == "0.01" and params["task.batch"] == "4"
+    assert f"Curves: {folder / 'curves.png'}\n" in result.stdout and (folder / "curves.png").is_file()
+    assert "<!-- loss_threshold 2.5" in (folder / "curves.svg").read_text()
     assert f"mlflow ui --backend-store-uri sqlite:///{database}" in result.stdout
     assert "runs?workflowType=machine_learning&compareRunsMode=CHART" in result.stdout
     artifacts = {p.name for p in (tmp_path / "mlartifacts").rglob("*") if p.is_file()}
@@ -73,6 +75,7 @@ def test_a_server_killed_mid_run_costs_nothing_and_sync_completes_the_store(tmp_
     assert process.wait(200) == 0, "training does not depend on the store"
     output = (tmp_path / "output.0").read_text()
     assert "MLflow lacks" in output and f"alpha-maml sync --run_dir {folder}" in output
+    assert f"Curves: alpha-maml report --runs {folder}" in output and not (folder / "curves.png").exists()
     lines = spool.read_metrics(folder)
     assert len(lines) == 1500 and killed_at < 1500
     slowest = max(line["perf/step_ms"] for line in lines[killed_at:])
@@ -80,7 +83,8 @@ def test_a_server_killed_mid_run_costs_nothing_and_sync_completes_the_store(tmp_
     assert stored(tmp_path / "store.db") < recorded(folder)
     assert run("sync", "--run_dir", folder, timeout=120).returncode == 1, "the store is still away"
     server.start()
-    assert "are in MLflow" in succeed("sync", "--run_dir", folder).stdout
+    shipped = succeed("sync", "--run_dir", folder).stdout
+    assert "are in MLflow" in shipped and f"Compare runs: {server.uri}" in shipped and (folder / "curves.png").is_file()
     assert stored(tmp_path / "store.db") == recorded(folder) and status(tmp_path / "store.db") == ["FINISHED"]
 
 

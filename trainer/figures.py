@@ -75,8 +75,8 @@ def draw_curves(runs: list[tuple[str, list[dict]]], target: Path, threshold: flo
             axis.set(title=title, xlabel="meta-iteration", yscale="log" if positive or axis.get_yscale() == "log" else "linear")
             axis.grid(alpha=0.25)
     if threshold is not None:
-        axes[0].axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
-    figure.legend(loc="outside lower center", ncols=min(len(runs), 3), frameon=False)
+        axes[0].axhline(threshold, color="black", linewidth=0.8, linestyle=(0, (1, 2)), label=f"loss_threshold {threshold:g}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return _save(figure, target)
 
 

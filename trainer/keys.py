@@ -60,7 +60,7 @@ class Task:
                                AT_LEAST_ONE)
     min_shots: int | None = key(None, "the same of its shots; null is task.shots", AT_LEAST_ONE)
     batch: int = key(25, "tasks per iteration, over all ranks", AT_LEAST_ONE)
-    reduction: Literal["mean", "sum"] = key("mean", "over tasks; a sum's beta is 1/batch of a mean's, see README")
+    reduction: Literal["mean", "sum"] = key("mean", "over tasks; a sum's beta is 1/batch of a mean's, see docs/rates.md")
     chunk: int = key(0, "tasks differentiated at once on a rank, to bound memory; 0 is automatic", NOT_NEGATIVE)
 
 
@@ -93,7 +93,7 @@ class Outer:
         "(sgd) or 0.06 (adam) under rule adaptive, else none", NOT_NEGATIVE)
     weight_decay: float = key(0.0, "adds weight_decay theta to the meta-gradient", NOT_NEGATIVE)
     average: bool | None = key(
-        None, "evaluate an average of theta over about the last tenth of all iterations; null is true under rule adaptive")
+        None, "evaluate an average of theta over about the last twentieth of all iterations; null is true under rule adaptive")
 
 
 @dataclass(frozen=True)

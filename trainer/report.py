@@ -34,8 +34,15 @@ def labels(runs: list[Recorded]) -> list[str]:
     """What to call each run beside the others: its method, and the keys in which they differ."""
     values = [configuration.flat_values(run.config) for run in runs]
     differing = [name for name in values[0] if not name.startswith(UNNAMED) and len({str(v[name]) for v in values}) > 1]
-    return [", ".join([METHODS[run.config.rates.rule], *(f"{name.split('.')[-1]} {_spelled(v[name])}" for name in differing)])
+    return [", ".join([METHODS[run.config.rates.rule], *(f"{name.split('.')[-1]} {_spelled(v[name])}" for name in differing
+                                                         if _applies(name, run.config.rates.rule))])
             for run, v in zip(runs, values)]
+
+
+def _applies(name: str, rule: str) -> bool:
+    """Whether the key does anything under the rule: the meaning of one that belongs to a single rule begins with its name."""
+    owner = configuration.keys()[name][0].metadata["meaning"].partition(":")[0]
+    return owner not in METHODS or owner == rule
 
 
 def _spelled(value: Any) -> str:

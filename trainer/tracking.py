@@ -278,7 +278,8 @@ class Shipment:
         if lines:
             from trainer.figures import draw_curves
 
-            for path in draw_curves([(f"{self.config.rates.rule} rule", lines)], self.run_dir / "curves"):
+            named = [(f"{self.config.rates.rule} rule", lines)]
+            for path in draw_curves(named, self.run_dir / "curves", self.config.loss_threshold):
                 self.client.log_artifact(run_id, str(path), "figures")
         kept = checkpoint.saved(self.run_dir / "checkpoints")
         if kept:
