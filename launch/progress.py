@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from data.errors import say
 from trainer import spool
 from trainer.keys import Config
 
@@ -77,7 +78,7 @@ class Progress:
         if summary:  # a full disk may have kept it from being written
             self._table(summary)
         if unsent:
-            print(f"alpha-maml: {unsent}", file=sys.stderr)
+            say(unsent)
         curves = self.folder / "curves.png"  # the sender draws it, when all is in the store
         if self.sender and not unsent:
             from trainer.tracking import link
