@@ -100,6 +100,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_used(tmp_path: P
 def test_a_signal_ends_the_run_after_its_iteration_and_saves(number: signal.Signals, tmp_path: Path, background):
     folder = tmp_path / "run"
     arguments = (*QUICK, "--run_dir", folder, "--iterations", 100_000)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests under nohup would hand on that it is ignored
     process = background(*arguments)
     started(process, folder, 5)
     process.send_signal(number)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import termios
 import threading
 import time
@@ -116,6 +117,7 @@ def backwards(arguments: list[str], *rest: object) -> None:
 def on_a_terminal(arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
     """A process that leads a session, as a login shell's command does, on the terminal `output`."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a harness under nohup hands on that it is ignored
     while not os.path.islink(output):
         time.sleep(0.01)
     fcntl.ioctl(os.open(output, os.O_RDWR), termios.TIOCSCTTY, 0)
