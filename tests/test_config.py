@@ -82,6 +82,8 @@ WRONG = {  # YAML: what its line must name
     f"seed: 0x{'f' * 5000}": ("seed", "whole number"),
     "task: {batch: 10000000000}": ("task.batch", "10^9"),
     "engine: {timeout: 1e300}": ("engine.timeout", "10^7"),
+    "inner: {weight_decay: 1e300}": ("inner.weight_decay", "10^9"),  # no number of float32
+    "outer: {weight_decay: 1e300}": ("outer.weight_decay", "10^9"),
     "data: {args: {day: 2020-01-01}}": ("data.args", "mapping"),
     "data: {args: {1: 2}}": ("data.args", "mapping"),
     "model: {args: {x: .nan}}": ("model.args", "mapping"),

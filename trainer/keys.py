@@ -15,6 +15,7 @@ Rule = tuple[Callable[[Any], bool], str]
 POSITIVE: Rule = (lambda v: v > 0, "must be greater than 0")
 NOT_NEGATIVE: Rule = (lambda v: v >= 0, "must be 0 or more")
 AT_LEAST_ONE: Rule = (lambda v: 1 <= v <= 10**9, "must be 1 or more, and 10^9 at most")
+WEIGHT_DECAY: Rule = (lambda v: 0 <= v <= 10**9, "must be 0 or more, and 10^9 at most")
 SECONDS: Rule = (lambda v: 0 < v <= 10**7, "must be greater than 0, and 10^7 at most")
 NOT_EMPTY: Rule = (lambda v: v != "" and v.isprintable(), "must be printable text, not empty")
 
@@ -75,7 +76,7 @@ class Inner:
         None, "patterns of tensors' names of which each inner step has its own, learned and not adapted, such as *norm*: "
         "MAML++'s gains and shifts", NOT_EMPTY)
     clip: float = key(0.0, "largest norm of a task's inner gradient; 0 is none", NOT_NEGATIVE)
-    weight_decay: float = key(0.0, "of the inner loop: weight_decay / 2 |phi|^2 beside the support loss", NOT_NEGATIVE)
+    weight_decay: float = key(0.0, "of the inner loop: weight_decay / 2 |phi|^2 beside the support loss", WEIGHT_DECAY)
     multi_step_iterations: int = key(
         0, "MAML++'s multi-step loss: iterations over which the losses after the earlier inner steps fade out", NOT_NEGATIVE)
     first_order_iterations: int = key(
@@ -91,7 +92,7 @@ class Outer:
     trust: float | None = key(
         None, "largest relative step of a tensor in the first iterations, falling as 1/sqrt(1 + t/10); 0 is none, null is 0.2 "
         "(sgd) or 0.06 (adam) under rule adaptive, else none", NOT_NEGATIVE)
-    weight_decay: float = key(0.0, "adds weight_decay theta to the meta-gradient", NOT_NEGATIVE)
+    weight_decay: float = key(0.0, "adds weight_decay theta to the meta-gradient", WEIGHT_DECAY)
     average: bool | None = key(
         None, "evaluate an average of theta over about the last twentieth of all iterations; null is true under rule adaptive")
 
