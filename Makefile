@@ -24,7 +24,7 @@ faults: .venv/ready
 soak: .venv/ready
 	$(BIN)/python tests/faults/soak.py
 
-# 10,000 generated bad inputs, about half an hour; test does 500.
+# 10,000 generated bad inputs, 10 to 20 minutes; test does 500.
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz/fuzz.py --cases 10000
 
