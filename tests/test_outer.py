@@ -45,7 +45,7 @@ def test_the_trust_region_bounds_each_tensor_by_its_own_norm():
     theta["bias"] = torch.zeros_like(theta["bias"])  # may still move, by the floor
     beta = torch.tensor(100.0, dtype=torch.float64)
     moved, memory = outer.step(theta, gradients[0], beta, outer.initial(theta, Config()), Config(), YES)
-    first = outer.TRUST["sgd"] / (1 + 1 / outer.TRUST_STEPS) ** 0.5
+    first = outer.TRUST["sgd"] / outer.WARM_STEPS**3 / (1 + 1 / outer.TRUST_STEPS) ** 0.5
     assert float((moved["weight"] - theta["weight"]).norm() / theta["weight"].norm()) == pytest.approx(first)
     assert float(moved["bias"].norm()) == pytest.approx(first * outer.NORM_FLOOR)
     assert torch.allclose(theta["weight"] - beta * memory.previous["weight"], moved["weight"])
@@ -54,9 +54,9 @@ def test_the_trust_region_bounds_each_tensor_by_its_own_norm():
     assert torch.allclose(theta["weight"] - 100 * gradients[0]["weight"], moved["weight"]), "MAML has no trust region"
 
 
-def test_the_trust_region_shrinks_as_the_root_of_the_steps():
-    steps = torch.tensor([0.0, 30.0, 990.0], dtype=torch.float64)
-    assert outer.trust_at(0.2, steps).tolist() == pytest.approx([0.2, 0.1, 0.02])
+def test_the_trust_region_opens_and_then_shrinks_as_the_root_of_the_steps():
+    steps = torch.tensor([5.0, 20.0, 30.0, 990.0], dtype=torch.float64)
+    assert outer.trust_at(0.2, steps).tolist() == pytest.approx([0.2 / 64 / 1.5**0.5, 0.2 / 3**0.5, 0.1, 0.02])
 
 
 def test_the_average_weighs_step_t_by_the_ninth_power_of_t():

@@ -13,6 +13,7 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 NORM_FLOOR = 0.1  # a tensor that starts at zero may still move
 TRUST = {"sgd": 0.2, "adam": 0.06}  # Adam's momentum keeps one direction for ten steps: sqrt(10) times as far as noise goes
 TRUST_STEPS = 10  # after which the trust region begins to shrink, as the root of the steps
+WARM_STEPS = 20  # in which it opens, as their cube: alpha finds its place before theta moves far
 AVERAGED = 19  # theta's average weighs step t as t^AVERAGED does: about the last twentieth of all steps
 
 
@@ -65,9 +66,9 @@ def trust_of(config: Config) -> float:
 
 
 def trust_at(trust: float, count: Tensor) -> Tensor:
-    """The trust region at the `count`-th step: it shrinks as the root of the steps, as stochastic approximation wants it
-    (Robbins and Monro 1951), so that training needs no horizon to anneal towards."""
-    return trust / (1 + count / TRUST_STEPS).sqrt()
+    """The trust region at the `count`-th step: it opens over WARM_STEPS, and shrinks as the root of the steps, as stochastic
+    approximation wants it (Robbins and Monro 1951), so that training needs no horizon to anneal towards."""
+    return trust * (count / WARM_STEPS).clamp(max=1.0) ** 3 / (1 + count / TRUST_STEPS).sqrt()
 
 
 def averaged(average: Tensor, moved: Tensor, count: Tensor) -> Tensor:
