@@ -20,7 +20,7 @@ test-cluster: .venv/ready
 faults: .venv/ready
 	$(BIN)/python tests/faults/harness.py --kills 100 --outside 100
 
-# 200,000 iterations of two ranks, watched: about half an hour in which nothing else should run.
+# 200,000 iterations of two ranks, watched: 20 to 40 minutes in which nothing else should run.
 soak: .venv/ready
 	$(BIN)/python tests/faults/soak.py
 
