@@ -20,11 +20,11 @@ test-cluster: .venv/ready
 faults: .venv/ready
 	$(BIN)/python tests/faults/harness.py --kills 100 --outside 100
 
-# 200,000 iterations of two ranks, watched: 20 to 40 minutes in which nothing else should run.
+# 200,000 iterations of two ranks, watched: about 20 minutes in which nothing else should run.
 soak: .venv/ready
 	$(BIN)/python tests/faults/soak.py
 
-# 10,000 generated bad inputs, 10 to 20 minutes; test does 500.
+# 10,000 generated bad inputs, about 20 minutes; test does 500.
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz/fuzz.py --cases 10000
 
