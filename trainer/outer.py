@@ -66,8 +66,8 @@ def trust_of(config: Config) -> float:
 
 
 def trust_at(trust: float, count: Tensor) -> Tensor:
-    """The trust region at the `count`-th step: it opens over WARM_STEPS (as Goyal et al. 2017 warm up), and shrinks as the root of
-    the steps, as stochastic approximation wants it (Robbins and Monro 1951), so that training needs no horizon to anneal to."""
+    """The trust region at the `count`-th step: it opens over WARM_STEPS, as a warm-up does (Goyal et al. 2017), and shrinks as
+    the root of the steps, as stochastic approximation wants it (Robbins and Monro 1951): no horizon to anneal towards."""
     return trust * (count / WARM_STEPS).clamp(max=1.0) ** 3 / (1 + count / TRUST_STEPS).sqrt()
 
 
