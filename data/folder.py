@@ -176,6 +176,7 @@ class Folder:
         self.input_shape = decoded.images.shape[1:]
         if resident is None and device.type == "cuda":
             resident = decoded.images.nbytes <= RESIDENT * torch.cuda.mem_get_info(device)[0]
+        self.on_device = bool(resident)
         if resident:
             self.images = torch.empty(decoded.images.shape, dtype=torch.uint8, device=device)
             for start in range(0, len(self.images), PART):

@@ -134,6 +134,7 @@ class Omniglot:
     """
 
     input_shape = (1, SIZE, SIZE)
+    on_device = True
 
     def __init__(self, root: str | None, cache: Path, sizes: TaskSizes, seed: int, dtype: torch.dtype, device: torch.device):
         smallest = min(stop - start for start, stop in SPLIT_BOUNDS.values())

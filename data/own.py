@@ -58,6 +58,8 @@ class Own:
     """Tasks of the user's data set `name`(**args). support_x [T, N*S, *input_shape] and support_y [T, N*S] int64, or
     [T, S, outputs] for a regression, whose tasks have one way; queries likewise. Raises InputError."""
 
+    on_device = False
+
     def __init__(self, name: str, args: dict[str, Any], sizes: TaskSizes, seed: int, dtype: torch.dtype, device: torch.device,
                  warn: Callable[[str], None]):
         self.name, self.own, self.sizes = name, built(name, args), sizes

@@ -17,6 +17,7 @@ class Sinusoid:
 
     input_shape = (1,)
     outputs = 1
+    on_device = True
     loss = staticmethod(regression_loss)
 
     def __init__(self, sizes: TaskSizes, seed: int, dtype: torch.dtype):

@@ -77,6 +77,7 @@ class TaskSource(Protocol):
     outputs: int
     sizes: TaskSizes
     loss: Loss
+    on_device: bool  # whether a batch is drawn without the host; `iteration` may be a tensor then
 
     def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
         """The tasks at `indices` (int64 [T], on the source's device) of the global batch of `iteration`."""
@@ -125,7 +126,7 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ _shift(state, 31)
 
 
-def draw(seed: int, split: str, iteration: int, indices: Tensor, stream: int, count: int) -> Tensor:
+def draw(seed: int, split: str, iteration: int | Tensor, indices: Tensor, stream: int, count: int) -> Tensor:
     """Uniform numbers in [0, 1) for each task: float64 [T, count], on the device of `indices`.
 
     `stream` names the purpose (classes, rotations, ...), so that purposes do not share numbers.

@@ -6,7 +6,12 @@ import torch
 from conftest import Small
 
 from trainer.inner import InnerLoop, Params
-from trainer.maml import MetaGradient, dot, meta_gradient
+from trainer.maml import MetaGradient, meta_gradient
+
+
+def dot(a: Params, b: Params) -> torch.Tensor:
+    """Inner product over all tensors."""
+    return sum((a[name] * b[name]).sum() for name in a)
 
 
 def relative(a: Params, b: Params) -> float:

@@ -72,7 +72,7 @@ WRONG = {  # YAML: what its line must name
     "seed: -1": ("seed", "-1"),
     "seed: 99999999999999999999": ("seed", "2^63"),
     "device: tpu": ("device", "tpu", "auto, cpu, cuda"),
-    "precision: bfloat16": ("precision", "bfloat16", "float32, float64"),
+    "precision: bfloat16": ("precision", "bfloat16", "float32, tf32, float64"),
     "seed: 1\nseed: 2": ("seed", "twice", "line 2"),
     "rates: {": ("YAML", "line"),
     "- a\n- b": ("list", "mapping"),

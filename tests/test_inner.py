@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Small
-from exactness import beside
+from exactness import beside, dot
 
 from data.errors import InputError
 from trainer import inner
 from trainer.inner import InnerLoop, Params
 from trainer.keys import Config
-from trainer.maml import adaptation, dot, meta_gradient
+from trainer.maml import adaptation, meta_gradient
 
 WAYS = ("one by one in vmap", "all at once")
 

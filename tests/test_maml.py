@@ -8,7 +8,7 @@ import exactness
 import pytest
 import torch
 from conftest import Small
-from exactness import beside, relative
+from exactness import beside, dot, relative
 from processes import ROOT
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from data.tasks import TaskBatch
 from models import convolution
 from trainer.inner import InnerLoop
-from trainer.maml import adapt, dot, meta_gradient, one_task, task_meta_gradient
+from trainer.maml import adapt, meta_gradient, one_task, task_meta_gradient
 
 SHIPPED = ("mlp", "conv4", "conv4_pooled")
 

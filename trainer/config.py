@@ -219,6 +219,8 @@ def check_together(config: Config) -> None:
                          "model.randomness to error")
     if config.compile and config.model.randomness != "error":
         raise InputError("compile: true would draw other numbers than model.randomness promises; leave one of them out")
+    if config.capture and (config.engine.name != "torch" or config.model.randomness != "error" or config.device == "cpu"):
+        raise InputError("capture: true needs engine.name torch, model.randomness error, and a GPU; leave it null")
     if config.engine.name == "deepspeed" and config.precision != "float32":
         raise InputError(f"precision: {config.precision} is not for engine.name deepspeed, whose shards are float32; use "
                          "float32, or engine.name torch")
@@ -254,7 +256,7 @@ def flat_values(config: Config) -> dict[str, Any]:
 
 # What may change between the parts of one run: where and how long it runs and is watched, not what it computes.
 _CIRCUMSTANCES = ("data.root", "data.resident", "task.chunk", "engine.", "evaluation.", "checkpoint.", "tracking.",
-                  "iterations", "device", "compile", "loss_threshold", "run_dir")
+                  "iterations", "device", "compile", "capture", "loss_threshold", "run_dir")
 
 
 def trajectory(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from trainer import outer
 from trainer.collective import World, sum_in_place
 from trainer.inner import Params
 from trainer.keys import Config
-from trainer.maml import MetaGradient, dot
+from trainer.maml import MetaGradient
 from trainer.rates import Total
 
 # From an iteration's total to (beta of this step, whether theta may move): decided once, between reduction and step.
@@ -25,8 +25,9 @@ class Engine(Protocol):
     def learned(self) -> Params:
         """What has been learned, for evaluation: theta's average, or theta where none is kept. Every rank must call."""
 
-    def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
-        """Sums the shards' meta-gradients over all ranks, asks `decide`, and moves theta."""
+    def step(self, local: MetaGradient, stop: Tensor, decide: Decide) -> None:
+        """Sums the shards' meta-gradients over all ranks, asks `decide`, and moves theta. `stop`: 1 where this rank was asked
+        to stop, else 0."""
 
     def state(self) -> dict[str, Tensor]:
         """theta.NAME, outer.count, and outer.PART.NAME for each of outer.parts: in full, on rank 0 at least. Every rank must
@@ -36,15 +37,20 @@ class Engine(Protocol):
         """The inverse; `state` is the same on every rank."""
 
 
-def pack_rest(local: MetaGradient, stop: bool, dtype: torch.dtype) -> Tensor:
+def pack_rest(local: MetaGradient, stop: Tensor, dtype: torch.dtype) -> Tensor:
     """What an iteration sums beside the gradient, as one vector."""
-    return torch.cat([*(x.to(dtype).flatten() for x in local[1:]), torch.full_like(local.loss, float(stop), dtype=dtype)[None]])
+    return torch.cat([x.to(dtype).flatten() for x in (*local[1:], stop)])
 
 
 def unpack_rest(packed: Tensor, local: MetaGradient) -> tuple[MetaGradient, Tensor]:
     """The sums, in the shapes of `local`, and how many ranks were asked to stop."""
     *values, stopping = packed.double().split([*(x.numel() for x in local[1:]), 1])
     return MetaGradient({}, *(value.view(x.shape) for value, x in zip(values, local[1:]))), stopping[0]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product, accumulated in float64: in float32 these products are ill-conditioned."""
+    return torch.sum(a * b, dtype=torch.float64)
 
 
 class TorchEngine:
@@ -61,18 +67,18 @@ class TorchEngine:
     def learned(self) -> Params:
         return self.outer.average or self.params
 
-    def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
-        flat = [local.gradient[name].flatten() for name in self.params]
-        pieces = [*flat, pack_rest(local, stop, flat[0].dtype)]
-        *parts, rest = sum_in_place(torch.cat(pieces), self.world).split([len(piece) for piece in pieces])
+    def step(self, local: MetaGradient, stop: Tensor, decide: Decide) -> None:
+        gradient = outer.flat({name: local.gradient[name] for name in self.params})
+        size = len(gradient)
+        total = sum_in_place(torch.cat([gradient, pack_rest(local, stop, gradient.dtype)]), self.world)
         scale = 1 / self.config.task.batch if self.config.task.reduction == "mean" else 1
         decay = self.config.outer.weight_decay
-        gradient = {name: torch.add(scale * part.view_as(p), p, alpha=decay)
-                    for (name, p), part in zip(self.params.items(), parts)}  # S_t
-        sums, stopping = unpack_rest(rest, local)
-        previous = self.outer.previous
+        gradient = torch.add(scale * total[:size], outer.flat(self.params), alpha=decay)  # S_t
+        previous = outer.flat(self.outer.previous)
+        sums, stopping = unpack_rest(total[size:], local)
         beta, usable = decide(
             Total(sums, dot(gradient, gradient), dot(gradient, previous), dot(previous, previous), stopping))
+        gradient = outer.named(gradient, self.params)
         self.params, self.outer = outer.step(self.params, gradient, beta, self.outer, self.config, usable)
 
     def state(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from data.tasks import Loss
 from trainer import checkpoint, inner
 from trainer import config as configuration
 from trainer.inner import Params
-from trainer.keys import Config
+from trainer.keys import Config, storage
 from trainer.maml import adapt
 
 ALPHA = "rates.alpha"  # in a checkpoint, and in a saved learner's file
@@ -136,7 +136,7 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
     A configuration may name a model or a data set by import path, which runs that code: load only what you trust."""
     path = Path(path)
     config, theta, alpha = _saved(path) if path.suffix == ".safetensors" else _trained(path)
-    dtype = getattr(torch, config.precision)
+    dtype = getattr(torch, storage(config.precision))
     kind = data.described(config.data, config.task.ways)
     model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
                          config.model.args)

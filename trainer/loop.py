@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +19,14 @@ from torch import Tensor
 import data
 import models
 from data.errors import InputError, say
-from data.tasks import TaskSizes, TaskSource
+from data.tasks import TaskBatch, TaskSizes, TaskSource
 from trainer import checkpoint, inner, rates, spool
 from trainer.collective import World, broadcast, broadcast_state
 from trainer.config import check_ownership, run_dir, to_yaml, trajectory
 from trainer.engine import Engine, TorchEngine
 from trainer.evaluate import evaluate
 from trainer.inner import InnerLoop
-from trainer.keys import Config
+from trainer.keys import Config, storage
 from trainer.maml import VMAP_INPUTS, Apply, MetaGradient, each_task, meta_gradient, one_task
 
 METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
@@ -71,16 +72,18 @@ class State(NamedTuple):
 
 
 def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tensor]:
-    """One meta-iteration of Algorithm 2: the new state, and the values of METRICS with the count of ranks asked to stop.
-
-    Every gradient is taken at theta_{t-1}, on the same tasks.
-    """
-    config, world, batch = problem.config, problem.world, problem.config.task.batch
+    """One meta-iteration of Algorithm 2: the new state, and the values of METRICS with the count of ranks asked to stop."""
     tasks = problem.source.batch("train", state.iteration, problem.indices)
+    stopping = torch.full((), float(stop), device=problem.world.device)
+    return advance(problem, state, tasks, problem.inner(state.iteration), stopping)
+
+
+def advance(problem: Problem, state: State, tasks: TaskBatch, loop: InnerLoop, stop: Tensor) -> tuple[State, Tensor]:
+    """`train_step` on the given tasks. Every gradient is taken at theta_{t-1}, on the same tasks."""
+    config, world, batch = problem.config, problem.world, problem.config.task.batch
     alpha = state.rates.alpha.to(problem.dtype)
-    local = meta_gradient(problem.train_apply, problem.source.loss, state.engine.theta(), alpha, tasks,
-                          problem.inner(state.iteration), problem.chunk, problem.forward_tasks,
-                          problem.each_task)  # 1: adapt with alpha_t
+    local = meta_gradient(problem.train_apply, problem.source.loss, state.engine.theta(), alpha, tasks, loop, problem.chunk,
+                          problem.forward_tasks, problem.each_task)  # 1: adapt with alpha_t
     decided = []
 
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
@@ -104,7 +107,11 @@ def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tenso
 def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, State]:
     """Everything the first iteration needs; raises InputError for what the configuration gets wrong. The model has `outputs`
     outputs where the tasks ask for fewer."""
-    task, dtype = config.task, getattr(torch, config.precision)
+    task, dtype = config.task, getattr(torch, storage(config.precision))
+    products = "tf32" if config.precision == "tf32" else "ieee"  # torch's own default is tf32 for convolutions alone
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = products
+    if config.capture and world.device.type != "cuda":
+        raise InputError("capture: true needs a GPU, and there is none; leave it null")
     if world.size > task.batch:
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
                          f"most {task.batch} processes")
@@ -235,8 +242,9 @@ def _iterate(problem: Problem, state: State, recorder: spool.Recorder, saver: ch
              stop_requested: Callable[[], bool], watch: Callable[[int, dict], None]) -> str:
     config, world, skipped, saved = problem.config, problem.world, 0, state.iteration
     every = 1 if world.device.type == "cpu" else 10  # reading values back makes a GPU wait
+    step = _stepper(problem, state)
     while state.iteration < config.iterations:
-        state, values = train_step(problem, state, stop_requested())
+        state, values = step(state, stop_requested())
         last = state.iteration == config.iterations
         recorder.add(state.iteration, values)
         if last or _due(config.evaluation.every, state.iteration - 1, state.iteration):
@@ -261,11 +269,23 @@ def _iterate(problem: Problem, state: State, recorder: spool.Recorder, saver: ch
             saved = state.iteration
             with recorder.aside():
                 tensors = snapshot(state)
+                if world.device.type == "cuda":
+                    tensors = {name: t.clone() for name, t in tensors.items()}  # a graph writes its own anew
                 if world.rank == 0:
                     saver.save(state.iteration, tensors, {"world_size": world.size, "trajectory": trajectory(config)})
         if stopping and not last:
             return "KILLED"
     return "FINISHED"
+
+
+def _stepper(problem: Problem, state: State) -> Callable[[State, bool], tuple[State, Tensor]]:
+    """`train_step`, as CUDA graphs where that can be."""
+    config, can = problem.config, problem.world.device.type == "cuda" and problem.config.model.randomness == "error"
+    if config.capture is False or not can or not isinstance(state.engine, TorchEngine):
+        return partial(train_step, problem)
+    from trainer.graph import Captured
+
+    return Captured(problem, state)
 
 
 def _due(every: int, before: int, iteration: int) -> bool:

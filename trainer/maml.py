@@ -60,11 +60,6 @@ class _Step(NamedTuple):
     query: Params | None  # w_k grad L_te(phi_k)
 
 
-def dot(a: Params, b: Params) -> Tensor:
-    """Inner product over all tensors, accumulated in float64: in float32 these products are ill-conditioned."""
-    return sum(torch.sum(a[name] * b[name], dtype=torch.float64) for name in a)
-
-
 def _products(a: Params, b: Params, axes: int, names: tuple[str, ...], alpha_shape: str) -> Tensor:
     """a b summed over what shares a rate, in float64; the first `axes` axes, the tasks', stay."""
     each = [(a[name] * b[name]).reshape(*a[name].shape[:axes], -1) for name in names]

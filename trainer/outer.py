@@ -87,21 +87,34 @@ def trusted(norm: Tensor, length: Tensor, beta: Tensor, trust: Tensor) -> Tensor
     return (limit / (beta.abs() * length).clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
 
 
+def flat(params: Params) -> Tensor:
+    """All tensors as one vector: what is done to every element alike is one operation then, and not one for each tensor."""
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def named(vector: Tensor, like: Params) -> Params:
+    """The inverse: views of `vector` under the names and in the shapes of `like`."""
+    parts = vector.split([p.numel() for p in like.values()])
+    return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts)}
+
+
+def _norms(vector: Tensor, like: Params) -> Tensor:
+    """The norm of each tensor, float64."""
+    return torch.stack([torch.linalg.vector_norm(part) for part in named(vector, like).values()]).double()
+
+
 def step(theta: Params, gradient: Params, beta: Tensor, outer: Outer, config: Config, usable: Tensor) -> tuple[Params, Outer]:
     """theta and memory after one step of size beta along the optimiser's direction; both unchanged where not `usable`."""
-    count, trust, rate = outer.count + 1, trust_of(config), beta.to(next(iter(theta.values())).dtype)
-    moved, memory = {}, Outer({}, {}, {}, {}, torch.where(usable, count, outer.count))
-    for name, p in theta.items():
-        d, mean, square = direction(gradient[name], outer.mean.get(name), outer.square.get(name), count)
-        if trust > 0:
-            norms = torch.linalg.vector_norm(p).double(), torch.linalg.vector_norm(d).double()
-            d = d * trusted(*norms, beta, trust_at(trust, count)).to(d.dtype)
-        moved[name] = torch.where(usable, p - rate * d, p)
-        memory.previous[name] = torch.where(usable, d, outer.previous[name])
-        if mean is not None:
-            memory.mean[name] = torch.where(usable, mean, outer.mean[name])
-            memory.square[name] = torch.where(usable, square, outer.square[name])
-        if name in outer.average:
-            average = averaged(outer.average[name], moved[name], count)
-            memory.average[name] = torch.where(usable, average, outer.average[name])
-    return moved, memory
+    count, trust, old = outer.count + 1, trust_of(config), {"theta": flat(theta)}
+    old |= {name: flat(getattr(outer, name)) for name in parts(config)}
+    p = old["theta"]
+    d, mean, square = direction(flat(gradient), old.get("mean"), old.get("square"), count)
+    if trust > 0:
+        factors = trusted(_norms(p, theta), _norms(d, theta), beta, trust_at(trust, count)).to(d.dtype)
+        d = torch.cat([part.flatten() * factor for part, factor in zip(named(d, theta).values(), factors.unbind())])
+    new = {"theta": p - beta.to(p.dtype) * d, "previous": d, "mean": mean, "square": square}
+    if "average" in old:
+        new["average"] = averaged(old["average"], new["theta"], count)
+    kept = {name: named(torch.where(usable, new[name], value), theta) for name, value in old.items()}
+    memory = Outer(*(kept.get(name, {}) for name in Outer._fields[:-1]), torch.where(usable, count, outer.count))
+    return kept["theta"], memory

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError, say
 from trainer import checkpoint, comparison, spool
 from trainer.config import build, flat_values
-from trainer.keys import Config
+from trainer.keys import Config, storage
 
 if TYPE_CHECKING:  # imports torch
     from trainer.learner import Learner
@@ -132,7 +132,7 @@ def log_model(config: Config, run_dir: Path, learner: Learner, weights: Path) ->
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    number = np.dtype(config.precision)
+    number = np.dtype(storage(config.precision))
     x = (-1, *learner.input_shape)
     label = (number, (-1, learner.outputs)) if learner.regression else (np.dtype(np.int64), (-1,))
     inputs = Schema([TensorSpec(number, x, "support_x"), TensorSpec(*label, "support_y"), TensorSpec(number, x, "query_x")])

@@ -148,7 +148,7 @@ class ZeroEngine:
     def learned(self) -> Params:
         return self._read("average") if "average" in self.optimizer.names else self.theta()
 
-    def step(self, local: MetaGradient, stop: bool, decide: Decide) -> None:
+    def step(self, local: MetaGradient, stop: Tensor, decide: Decide) -> None:
         sums, stopping = unpack_rest(sum_in_place(pack_rest(local, stop, torch.float64), self.world), local)
         self.optimizer.iteration = sums, stopping, decide
         # DeepSpeed reduces in its own backward hooks only. This surrogate's gradient is the meta-gradient; the factor
