@@ -12,6 +12,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,12 @@ from torch.nn import functional as F
 import models
 from data.tasks import TaskBatch, classification_loss
 from launch.runtime import keep_memory
+from models import convolution
 from trainer.inner import InnerLoop
 from trainer.maml import VMAP_INPUTS, each_task, meta_gradient, one_task
 
 ALPHA = 0.1
-Gradient = dict[str, np.ndarray]
+Gradient = dict[str, Any]  # by the names of Reference; arrays of the contender's library
 
 
 class Reference(nn.Module):
@@ -60,12 +62,12 @@ class Problem:
     """Weights from our model's seed, and random tasks."""
 
     def __init__(self, tasks: int, ways: int, shots: int, steps: int, size: int, colours: int, channels: int,
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.steps, self.ways, self.pooled = steps, ways, size > 28
         shape = (colours, size, size)
-        self.model = models.build("conv4_pooled" if self.pooled else "conv4", shape, ways, 0, channels).to(dtype)
+        self.model = models.build("conv4_pooled" if self.pooled else "conv4", shape, ways, 0, channels).to(device, dtype)
         self.theta = {name: p.detach() for name, p in self.model.named_parameters()}
-        self.net = Reference(shape, ways, channels, self.pooled).to(dtype)
+        self.net = Reference(shape, ways, channels, self.pooled).to(device, dtype)
         self.net.load_state_dict({their_name(n): p.permute(0, 3, 1, 2) if p.dim() == 4 else p for n, p in self.theta.items()})
         generator = torch.Generator().manual_seed(1)
 
@@ -77,14 +79,15 @@ class Problem:
             return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).unflatten(0, (tasks, images)).to(dtype)
 
         y, query_y = torch.arange(ways).repeat_interleave(shots), torch.arange(ways)
-        self.tasks = TaskBatch(blobs(ways * shots), y.repeat(tasks, 1), blobs(ways), query_y.repeat(tasks, 1))
+        tasks = blobs(ways * shots), y.repeat(tasks, 1), blobs(ways), query_y.repeat(tasks, 1)
+        self.tasks = TaskBatch(*(x.to(device) for x in tasks))
 
     def theirs(self, gradient: dict[str, torch.Tensor]) -> Gradient:
         """A gradient of our model under the names and in the layout of Reference."""
-        return {their_name(n): (g.permute(0, 3, 1, 2) if g.dim() == 4 else g).numpy() for n, g in gradient.items()}
+        return {their_name(n): g.permute(0, 3, 1, 2) if g.dim() == 4 else g for n, g in gradient.items()}
 
     def of_net(self) -> Gradient:
-        return {name: p.grad.numpy() for name, p in self.net.named_parameters()}
+        return {name: p.grad for name, p in self.net.named_parameters()}
 
     def each(self) -> zip:
         return zip(*self.tasks)
@@ -94,7 +97,7 @@ def ours(problem: Problem) -> Callable[[], Gradient]:
     """trainer.maml, its shard of the tasks, and the sum over ranks."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tasks = TaskBatch(*(x.tensor_split(size)[rank] for x in problem.tasks))
-    alpha = torch.tensor(ALPHA, dtype=tasks.support_x.dtype)
+    alpha = tasks.support_x.new_tensor(ALPHA)
 
     def run() -> Gradient:
         found = meta_gradient(None, classification_loss, problem.theta, alpha, tasks, InnerLoop(problem.steps),
@@ -108,9 +111,42 @@ def ours(problem: Problem) -> Callable[[], Gradient]:
     return run
 
 
+def captured(run: Callable[[], Gradient]) -> Callable[[], Gradient]:
+    """`run` as one CUDA graph, as trainer.graph makes one of the whole iteration."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        found = run()
+
+    def replay() -> Gradient:
+        graph.replay()
+        return found
+
+    return replay
+
+
+def ours_tf32(problem: Problem) -> Callable[[], Gradient]:
+    """With the key `precision: tf32`."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    return captured(ours(problem))
+
+
+def ours_bf16(problem: Problem) -> Callable[[], Gradient]:
+    """With every product's operands rounded to bfloat16: what that would cost in precision. Not offered."""
+    def rounded(product: Callable) -> Callable:
+        return lambda a, b, *rest: product(a.bfloat16(), b.bfloat16(), *rest).float()
+
+    if problem.tasks.support_x.dtype == torch.float32:
+        torch.bmm, convolution._matmul = rounded(torch.bmm), rounded(convolution._matmul)
+    return captured(ours(problem))
+
+
 def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
     """trainer.maml as it runs models that know nothing of tasks: small ones by torch.func inside vmap, others in turn."""
-    alpha = torch.tensor(ALPHA, dtype=problem.tasks.support_x.dtype)
+    alpha = problem.tasks.support_x.new_tensor(ALPHA)
 
     def apply(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return functional_call(problem.model, params, (x,))
@@ -124,7 +160,7 @@ def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
 
 def ours_compiled(problem: Problem) -> Callable[[], Gradient]:
     """The same as one graph of torch.compile (the key `compile`)."""
-    alpha = torch.tensor(ALPHA, dtype=problem.tasks.support_x.dtype)
+    alpha = problem.tasks.support_x.new_tensor(ALPHA)
     apply, way = models.function(problem.model, training=True), models.compiled(each_task)
     return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, problem.tasks,
                                                 InnerLoop(problem.steps), len(problem.tasks.support_x), each_task=way).gradient)
@@ -144,7 +180,7 @@ def loop(problem: Problem) -> Callable[[], Gradient]:
                 phi = {name: p - ALPHA * g for (name, p), g in zip(phi.items(), gradients)}
             loss = F.cross_entropy(functional_call(problem.net, phi, (query_x,)), query_y)
             total = [a + b for a, b in zip(total, torch.autograd.grad(loss, tuple(theta.values())))]
-        return {name: g.numpy() for name, g in zip(theta, total)}
+        return dict(zip(theta, total))
 
     return run
 
@@ -164,7 +200,7 @@ def vmapped(problem: Problem) -> Callable[[], Gradient]:
 
     def run() -> Gradient:
         total = grad_and_value(lambda p: vmap(adapted, in_dims=(None, 0, 0, 0, 0))(p, *problem.tasks).sum())(theta)[0]
-        return {name: g.numpy() for name, g in total.items()}
+        return total
 
     return run
 
@@ -224,19 +260,20 @@ def torchopt(problem: Problem) -> Callable[[], Gradient]:
             F.cross_entropy(net(query_x), query_y).backward()
             library.recover_state_dict(net, start)
             library.recover_state_dict(inner, fresh)
-        return {name: p.grad.numpy() for name, p in parameters.items()}
+        return {name: p.grad for name, p in parameters.items()}
 
     return run
 
 
-def jax(problem: Problem) -> Callable[[], Gradient]:
-    """vmap and jit of the same function in JAX."""
+def jax(problem: Problem, precision: str | None = "highest") -> Callable[[], Gradient]:
+    """vmap and jit of the same function in JAX. `precision` of its products: None is its default, on a GPU TF32."""
     import jax as library
     from jax import numpy as jnp
 
+    library.config.update("jax_default_matmul_precision", precision)
     library.config.update("jax_enable_x64", True)  # for the comparison; float32 stays float32
-    theta = {name: jnp.asarray(p.detach().numpy()) for name, p in problem.net.named_parameters()}
-    tasks = [jnp.asarray(x.numpy()) for x in problem.tasks]
+    theta = {name: jnp.asarray(p.detach().cpu().numpy()) for name, p in problem.net.named_parameters()}
+    tasks = [jnp.asarray(x.cpu().numpy()) for x in problem.tasks]
 
     def forward(params: dict, x: jnp.ndarray) -> jnp.ndarray:
         stride = (1, 1) if problem.pooled else (2, 2)
@@ -260,12 +297,14 @@ def jax(problem: Problem) -> Callable[[], Gradient]:
         return loss(phi, query_x, query_y)
 
     step = library.jit(library.grad(lambda p: library.vmap(adapted, (None, 0, 0, 0, 0))(p, *tasks).sum()))
-    return lambda: {name: np.asarray(g) for name, g in library.block_until_ready(step(theta)).items()}
+    return lambda: library.block_until_ready(step(theta))
 
 
-CONTENDERS = {"ours": ours, "ours, 2 ranks": ours, "ours, any model": ours_any_model,
+CONTENDERS = {"ours": ours, "ours, captured": lambda problem: captured(ours(problem)), "ours, tf32": ours_tf32,
+              "ours, bf16": ours_bf16, "ours, 2 ranks": ours, "ours, any model": ours_any_model,
               "ours, compiled": ours_compiled, "learn2learn": learn2learn,
-              "higher": higher, "TorchOpt": torchopt, "loop": loop, "vmap": vmapped, "JAX": jax}
+              "higher": higher, "TorchOpt": torchopt, "loop": loop, "vmap": vmapped, "JAX": jax,
+              "JAX, tf32": lambda problem: jax(problem, None)}
 
 
 def main() -> None:
@@ -273,21 +312,29 @@ def main() -> None:
     parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("gradient", type=Path)
     parser.add_argument("problem", type=int, nargs=7, help="tasks ways shots steps size colours channels")
+    parser.add_argument("--device", default="cpu")
     settings = parser.parse_args()
     if settings.name.startswith("ours"):
         keep_memory()
     ranks = int(os.environ["WORLD_SIZE"])
     if ranks > 1:
         dist.init_process_group("gloo")
-    torch.set_num_threads(2 // ranks)
+    if settings.device == "cpu":
+        torch.set_num_threads(2 // ranks)
+    contender, sizes = CONTENDERS[settings.name], settings.problem
     # Compared in float64, on two of the tasks: in float32 one ReLU at its kink, and then any library, is 10 % off.
-    gradient = CONTENDERS[settings.name](Problem(2, *settings.problem[1:], dtype=torch.float64))()
-    if os.environ["RANK"] == "0":
-        np.savez(settings.gradient, **gradient)
+    save(settings.gradient, contender(Problem(2, *sizes[1:], dtype=torch.float64, device=settings.device))())
+    if settings.name == "ours" and settings.device == "cuda":  # what the errors of float32 are measured by
+        save(settings.gradient.with_suffix(".exact.npz"), ours(Problem(*sizes, dtype=torch.float64, device="cuda"))())
     forget_peak()
-    run = CONTENDERS[settings.name](Problem(*settings.problem))
-    run()
-    serve(run, ranks)
+    run = contender(Problem(*sizes, device=settings.device))
+    save(settings.gradient.with_suffix(".timed.npz"), run())
+    serve(run, ranks, device=settings.device)
+
+
+def save(path: Path, gradient: Gradient) -> None:
+    if os.environ["RANK"] == "0":
+        np.savez(path, **{name: np.asarray(g.cpu() if isinstance(g, torch.Tensor) else g) for name, g in gradient.items()})
 
 
 def resident(name: str) -> float:
@@ -302,9 +349,9 @@ def forget_peak() -> float:
     return resident("VmRSS")
 
 
-def serve(run: Callable[[], object], ranks: int, held: float = 0.0) -> None:
+def serve(run: Callable[[], object], ranks: int, held: float = 0.0, device: str = "cpu") -> None:
     """Computes once for every line on rank 0's standard input and prints the seconds; then the peak memory of all ranks
-    in MiB, less `held`."""
+    in MiB, less `held`; on a GPU that of torch's allocator."""
     first = ranks == 1 or dist.get_rank() == 0
 
     def go() -> bool:
@@ -318,9 +365,12 @@ def serve(run: Callable[[], object], ranks: int, held: float = 0.0) -> None:
     while go():
         begun = time.perf_counter()
         run()
+        if device == "cuda":
+            torch.cuda.synchronize()
         if first:
             print(time.perf_counter() - begun, flush=True)
-    memory = torch.tensor(resident("VmHWM") - held)
+    peak = torch.cuda.max_memory_reserved() / 2**20 if device == "cuda" else resident("VmHWM") - held
+    memory = torch.tensor(peak)
     if ranks > 1:
         dist.all_reduce(memory)
         dist.destroy_process_group()

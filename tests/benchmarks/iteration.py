@@ -48,6 +48,7 @@ def worker(keys: list[str]) -> None:
 def start(folder: str, name: str, port: int, ranks: int = 1, **keys: object) -> Contender:
     words = [word for key, value in keys.items() for word in (key.replace("__", "."), value)]
     contender = Contender(name, [__file__, "worker", *words], Path(folder), ranks, port)
+    contender.ready()
     assert not contender.error, f"{name}: {contender.error}"
     return contender
 
