@@ -110,10 +110,11 @@ def iteration(steps: int, bandwidth: float, rates: dict[str, float]) -> None:
     train_step(problem, state, False)
     operation_by_operation = seconds(lambda: train_step(problem, state, False), 3, 3)
     flops, moved = work(problem, state)
-    runs = {name: Loop(*problem_of(steps, **keys)) for name, keys in FORMS.items()}
-    for run in runs.values():
-        run()
-        assert run.step.forms, "not captured"
+    runs = {}
+    for name, keys in FORMS.items():  # a precision is torch's setting for all, and the captured graph's own
+        runs[name] = Loop(*problem_of(steps, **keys))
+        runs[name]()
+        assert runs[name].step.forms, "not captured"
     taken = {name: [] for name in runs}
     for _ in range(7):
         for name, run in runs.items():
@@ -132,9 +133,10 @@ def iteration(steps: int, bandwidth: float, rates: dict[str, float]) -> None:
     run = runs["adaptive"]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    with torch.profiler.profile(activities=list(torch.profiler.ProfilerActivity)) as profile:
+    count, kinds = 100 if steps == 1 else 10, torch.profiler.ProfilerActivity  # of more, the profile itself takes a minute
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
         begun = time.perf_counter()
-        for _ in range(100):
+        for _ in range(count):
             run()
         host = time.perf_counter() - begun
         torch.cuda.set_sync_debug_mode("default")
@@ -145,11 +147,11 @@ def iteration(steps: int, bandwidth: float, rates: dict[str, float]) -> None:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name] += 1
             time_of[event.name] += event.device_time_total
-    print(f"  100 iterations in a profile: waits for the device {dict(calls)} (one at its end is the profiler's); the host is "
-          f"done after {1000 * host:.0f} ms; {sum(kernels.values()) / 100:.0f} kernels an iteration, "
-          f"{sum(time_of.values()) / 1e5:.2f} ms in them")
+    print(f"  {count} iterations in a profile: waits for the device {dict(calls)} (the one at its end is the profiler); the "
+          f"host is done after {1000 * host:.0f} ms; {sum(kernels.values()) / count:.0f} kernels an iteration, "
+          f"{sum(time_of.values()) / 1000 / count:.2f} ms in them")
     for name, total in time_of.most_common(12):
-        print(f"    {total / 1e5:7.3f} ms {kernels[name] / 100:6.1f} x  {name[:110]}")
+        print(f"    {total / 1000 / count:7.3f} ms {kernels[name] / count:6.1f} x  {name[:110]}")
 
 
 def memory() -> None:
