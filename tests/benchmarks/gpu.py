@@ -31,7 +31,7 @@ SETTINGS = {"16 x 20-way 1-shot, K = 1": (16, 20, 1, 1, 28, 1, 64), "16 x 20-way
 PEERS = ["ours", "ours, captured", "ours, tf32", "ours, bf16", "learn2learn", "JAX", "JAX, tf32"]
 FORMS = {"fixed": {"rates.rule": "fixed"}, "adaptive": {}, "adaptive, tf32": {"precision": "tf32"}}
 STARTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH", "Memcpy HtoD")
 
 
 def seconds(run: Callable[[], object], count: int, rounds: int = 5) -> float:
