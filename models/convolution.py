@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from models.norm import EPS
 
 DIRECT = 5e6  # multiply-adds of a task from which one convolution call a task is faster than im2col on a CPU
+PARTS = 8  # in which a GPU takes the sum over a first layer's positions
 BLOCK = 2**18  # elements that a pass over memory takes at a time on a CPU: what stays in its cache for the next pass
 
 
@@ -122,6 +123,9 @@ def product_on_weight(dz: Tensor, x: Tensor, weight: Tensor, stride: int, direct
     if not direct:
         dz = dz.flatten(1, -2)
         few = x.shape[-1] < dz.shape[-1]  # the product wants the longer side last
+        if few and x.is_cuda and x.shape[1] % PARTS == 0:  # a small result of a long sum leaves most of a GPU idle
+            x, dz = (t.reshape(len(t) * PARTS, -1, t.shape[-1]) for t in (x, dz))
+            return torch.bmm(dz.mT, x).unflatten(0, (-1, PARTS)).sum(1).reshape(weight.shape)
         return (torch.bmm(x.mT, dz).mT if few else torch.bmm(dz.mT, x)).reshape(weight.shape)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for out, dz_t, x_t, w in zip(dweight, dz, x, weight):

@@ -66,6 +66,23 @@ def test_a_recorder_goes_on_behind_the_last_whole_line(tmp_path: Path):
     assert [line["step"] for line in spool.read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_a_flush_that_does_not_wait_is_one_block_behind(tmp_path: Path):
+    recorder = spool.Recorder(tmp_path, ("loss/train",), 4)
+
+    def iterations(*numbers: int) -> None:
+        for number in numbers:
+            recorder.add(number, torch.tensor([float(number), 0.0]))
+
+    iterations(1, 2)
+    assert recorder.flush(wait=False) == []
+    iterations(3)
+    assert recorder.flush(wait=False) == [(1, [1.0, 0.0]), (2, [2.0, 0.0])]
+    iterations(4)
+    assert [number for number, _ in recorder.flush()] == [3, 4] and recorder.flush() == []
+    recorder.close()
+    assert [line["loss/train"] for line in spool.read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path: Path):
     (tmp_path / "full.json").mkdir()  # nothing replaces a folder
     with pytest.raises(OSError):

@@ -241,32 +241,34 @@ def hopeless(config: Config, row: list[float], skipped: int) -> bool:
 def _iterate(problem: Problem, state: State, recorder: spool.Recorder, saver: checkpoint.Saver,
              stop_requested: Callable[[], bool], watch: Callable[[int, dict], None]) -> str:
     config, world, skipped, saved = problem.config, problem.world, 0, state.iteration
-    every = 1 if world.device.type == "cpu" else 10  # reading values back makes a GPU wait
+    every = 1 if world.device.type == "cpu" else 10  # starting to read values back costs a GPU's host some time
     step = _stepper(problem, state)
     while state.iteration < config.iterations:
         state, values = step(state, stop_requested())
         last = state.iteration == config.iterations
         recorder.add(state.iteration, values)
-        if last or _due(config.evaluation.every, state.iteration - 1, state.iteration):
+        evaluating = last or _due(config.evaluation.every, state.iteration - 1, state.iteration)
+        if evaluating:
             with recorder.aside():
                 recorder.extend(validate(problem, state))
         if not (last or _due(every, state.iteration - 1, state.iteration)):
             continue
-        rows = recorder.flush()
+        saving = last or _due(config.checkpoint.every, saved, state.iteration)
+        rows = recorder.flush(wait=every == 1 or evaluating or saving)
         saver.check()
-        for iteration, row in enumerate(rows, state.iteration - len(rows) + 1):
+        for iteration, row in rows:
             skipped = skipped + 1 if row[SKIPPED] else 0
             if hopeless(config, row, skipped):
                 raise Diverged(f"training diverged at iteration {iteration}, without a usable loss for {skipped}, at alpha "
                                f"{row[ALPHA]:.3g} and beta {row[BETA]:.3g}; lower rates.alpha and rates.beta, or use "
                                "rates.rule adaptive; the last checkpoint is from before")
-        if world.rank == 0:
-            watch(state.iteration, recorder.latest)
-        stopping = any(row[-1] for row in rows)  # the same on all ranks, since it came through the all-reduce
+        if world.rank == 0 and rows:
+            watch(rows[-1][0], recorder.latest)
+        stopping = any(row[-1] for _, row in rows)  # the same on all ranks, since it came through the all-reduce
         # Not while iterations are skipped: a theta at which nothing is finite would push the good checkpoints out.
-        due = not skipped and _due(config.checkpoint.every, saved, state.iteration)
-        if last or stopping or due:
+        if last or stopping or (saving and not skipped):
             saved = state.iteration
+            recorder.flush()
             with recorder.aside():
                 tensors = snapshot(state)
                 if world.device.type == "cuda":

@@ -120,6 +120,7 @@ class Recorder:
             self.file = self.path.open("ab")
             self.file.truncate(size)
         self.pending: list[tuple[int, int, Tensor, dict[str, float]]] = []
+        self.coming: list[tuple] = []  # blocks on their way from the device
         self.latest: dict[str, float] = {}
         self.clock = time.perf_counter()
 
@@ -145,23 +146,39 @@ class Recorder:
         yield
         self.clock += time.perf_counter() - begun
 
-    def flush(self) -> list[list[float]]:
-        """Writes what is pending; returns its values, one row an iteration."""
-        rows = torch.stack([values for _, _, values, _ in self.pending]).tolist()
-        now = time.perf_counter()
-        seconds, self.clock = (now - self.clock) / len(rows), now
+    def flush(self, wait: bool = True) -> list[tuple[int, list[float]]]:
+        """Writes what is pending; returns (iteration, values) of each. Without `wait` that is what was pending at the call
+        before, so that a GPU, whose values have arrived meanwhile, has more to do while they are read."""
+        if self.pending:
+            values = torch.stack([values for _, _, values, _ in self.pending])
+            host, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
+            if arrived:
+                arrived.record()
+                if wait:
+                    arrived.synchronize()
+            now = time.perf_counter()
+            seconds, self.clock = (now - self.clock) / len(host), now
+            self.coming.append((self.pending, host, arrived, seconds))
+            self.pending = []
+        taken = len(self.coming) if wait else len(self.coming) - 1
+        ready, self.coming = self.coming[:taken], self.coming[taken:]
+        return [row for block in ready for row in self._write(*block)]
+
+    def _write(self, pending: list, host: Tensor, arrived: torch.cuda.Event | None,
+               seconds: float) -> Iterator[tuple[int, list[float]]]:
+        if arrived:
+            arrived.synchronize()
         pace = {"perf/step_ms": 1000 * seconds, "perf/tasks_per_s": self.tasks / seconds}
-        for (step, timestamp, _, extra), row in zip(self.pending, rows):
+        for (step, timestamp, _, extra), row in zip(pending, host.tolist()):
             metrics = {**dict(zip(self.names, row)), **extra, **pace}
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # nan: does not apply
             self.latest |= metrics
             if self.file and step > self.recorded:
                 self.file.write(json.dumps({"step": step, "timestamp": timestamp, **metrics}).encode() + b"\n")
+            yield step, row
         if self.file:
             with naming(self.path):
                 self.file.flush()
-        self.pending.clear()
-        return rows
 
 
 def shown(value: float | None) -> str:
