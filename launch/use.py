@@ -72,10 +72,13 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         alpha = state.rates.alpha.to(problem.dtype)
         bar = partial(tqdm, unit="task", unit_scale=evaluation.CHUNK * world.size, disable=True if world.rank else None,
                       leave=False, dynamic_ncols=True)
-        apply = problem.apply if ways == trained.task.ways else lambda params, x: problem.apply(params, x)[..., :ways]
-        result = evaluation.evaluate(apply, problem.source, state.engine.learned(), alpha, known.split,
+
+        def of_ways(apply: Callable | None) -> Callable | None:
+            return apply and (lambda params, x: apply(params, x)[..., :ways] if ways < trained.task.ways else apply(params, x))
+
+        result = evaluation.evaluate(of_ways(problem.apply), problem.source, state.engine.learned(), alpha, known.split,
                                      config.evaluation.tasks, problem.inner(state.iteration)._replace(steps=config.inner.steps),
-                                     world, curve=True, progress=bar)
+                                     world, curve=True, progress=bar, forward_tasks=of_ways(problem.apply_tasks))
     if world.rank == 0:
         summary = result.summary() | {
             "split": known.split, "iteration": state.iteration, "steps": config.inner.steps, "ways": config.task.ways,

@@ -18,6 +18,7 @@ from trainer.inner import InnerLoop, Params
 from trainer.maml import Apply, adaptation
 
 CHUNK = 8  # tasks adapted at once; fixed, so that no bit of a task's result depends on how many ranks share the work
+CHUNK_INPUTS = 2**21  # numbers that the inputs of a chunk of tasks hold on a GPU, which 8 small ones would not fill
 BINS = 15  # of confidence, of equal width, as Guo et al. 2017 take them
 
 
@@ -75,26 +76,34 @@ def _or_null(value: float) -> float | None:
 
 
 def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, split: str, tasks: int, loop: InnerLoop,
-             world: World, curve: bool = False,
-             progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter) -> Evaluation:
+             world: World, curve: bool = False, progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+             forward_tasks: Apply | None = None) -> Evaluation:
     """Adapts to `tasks` tasks of `split` (always the same ones) by the inner loop `loop` with rates alpha, and answers their
     queries after the last step, or for a `curve` after each. `progress` wraps this rank's chunks of tasks while they are worked
-    on."""
-    after = range(loop.steps + 1) if curve else (loop.steps,)
+    on. `forward_tasks` is `apply` of many tasks at once, where the model can."""
+    after, together = range(loop.steps + 1) if curve else (loop.steps,), forward_tasks is not None
+    model = forward_tasks or apply
 
-    def one(*task: Tensor) -> Tensor:
+    def answers(*task: Tensor) -> tuple[Tensor, Tensor]:
         task, points = TaskBatch(*task), []
-        for step, phi in enumerate(adaptation(apply, source.loss, theta, alpha, task.support_x, task.support_y, loop)):
+        phis = adaptation(model, source.loss, theta, alpha, task.support_x, task.support_y, loop, together)
+        for step, phi in enumerate(phis):
             if step in after:
-                outputs = apply(phi, task.query_x)
-                points.append(torch.stack(source.loss(outputs, task.query_y)).double())
-        return torch.cat([*points, _reliability(outputs, task.query_y).flatten()])
+                outputs = model(phi, task.query_x)
+                points.extend(source.loss(outputs, task.query_y))
+        return torch.stack(points, -1).double(), outputs
 
     results = torch.zeros(tasks, 2 * len(after) + 3 * BINS, dtype=torch.float64, device=world.device)
-    chunks = torch.arange(tasks, device=world.device).split(CHUNK)
+    at_once = CHUNK
+    if together and world.device.type == "cuda":
+        sizes, example = source.sizes, math.prod(source.input_shape)
+        at_once = max(CHUNK, CHUNK_INPUTS // (sizes.ways * (sizes.shots + sizes.queries) * example))
+    chunks = torch.arange(tasks, device=world.device).split(at_once)
     with torch.no_grad():
         for indices in progress(chunks[world.rank :: world.size]):
-            results[indices] = vmap(one)(*source.batch(split, 0, indices))
+            batch = source.batch(split, 0, indices)
+            points, outputs = (answers if together else vmap(answers))(*batch)
+            results[indices] = torch.cat([points, vmap(_reliability)(outputs, batch.query_y).flatten(1)], -1)
     results = sum_in_place(results, world).cpu()  # each task is one rank's: not even the order of a sum differs
     losses, accuracies = results[:, : 2 * len(after)].view(tasks, -1, 2).unbind(-1)
     return Evaluation(after, losses, accuracies, results[:, 2 * len(after) :].sum(0).view(BINS, 3))

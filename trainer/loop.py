@@ -52,7 +52,8 @@ class Problem:
     train_apply: Apply  # in training mode, in which a model may draw random numbers
     indices: Tensor  # this rank's shard of the task batch
     dtype: torch.dtype
-    forward_tasks: Apply | None = None  # `train_apply` of many tasks at once, where the model can
+    apply_tasks: Apply | None = None  # `apply` of many tasks at once, where the model can
+    forward_tasks: Apply | None = None  # the same of `train_apply`
     each_task: Callable[..., MetaGradient] = each_task  # or that function compiled
     chunk: int = 0  # tasks differentiated at once; 0 is automatic
     adapted: tuple[str, ...] | None = None  # the tensors that move within a task; None: all
@@ -136,7 +137,8 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
     else:
         engine = TorchEngine({name: p.detach().clone() for name, p in model.named_parameters()}, config, world)
     apply, train_apply = (models.function(skeleton, training) for training in (False, True))
-    forward_tasks, chunk = getattr(skeleton, "forward_tasks", None), task.chunk
+    apply_tasks = forward_tasks = getattr(skeleton, "forward_tasks", None)
+    chunk = task.chunk
     inputs = task.ways * (task.shots + task.queries) * math.prod(source.input_shape)
     if config.model.randomness != "error" or config.compile:
         forward_tasks = None  # only vmap can tell tasks' draws apart, and be one graph
@@ -145,7 +147,7 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
     draw_seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
     theta = dict(model.named_parameters())
     way = models.compiled(each_task, sizes.count()) if config.compile else each_task
-    problem = Problem(config, world, source, apply, train_apply, indices, dtype, forward_tasks, way, chunk,
+    problem = Problem(config, world, source, apply, train_apply, indices, dtype, apply_tasks, forward_tasks, way, chunk,
                       inner.chosen(theta, config.inner.adapts, per_step), draw_seed, per_step)
     alpha = inner.alpha_sizes(problem.inner(0), theta)
     return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)
@@ -304,6 +306,6 @@ def validate(problem: Problem, state: State) -> dict[str, float]:
     config = problem.config
     alpha = state.rates.alpha.to(problem.dtype)
     result = evaluate(problem.apply, problem.source, state.engine.learned(), alpha, "val", config.evaluation.tasks,
-                      problem.inner(state.iteration), problem.world)
+                      problem.inner(state.iteration), problem.world, forward_tasks=problem.apply_tasks)
     found = {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
     return found | inner.means(state.rates.alpha, problem.inner(state.iteration), state.engine.learned())

@@ -110,16 +110,17 @@ def _direction(g: Params, phi: Params, hessian: Callable | None, loop: InnerLoop
     return direction, pullback if hessian else None
 
 
-def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor,
-               loop: InnerLoop) -> Iterator[Params]:
+def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, loop: InnerLoop,
+               tasks: bool = False) -> Iterator[Params]:
     """phi_0 = theta, phi_1, ..., phi_K of one task's support set x [n, *input], y [n, ...], as the model takes them for
-    queries."""
-    support, phi = _support(apply, loss, x, y, loop.adapted or tuple(theta), loop), theta
-    yield params_of_step(phi, loop, 0)
+    queries; of T `tasks` at once where `apply` is a forward_tasks: then all but theta has the axis T in front."""
+    support = (_support_of_tasks if tasks else _support)(apply, loss, x, y, loop.adapted or tuple(theta), loop)
+    phi, axes = (_shared(theta, len(x)), 1) if tasks else (theta, 0)
+    yield params_of_step(phi, loop, 0, axes)
     for k in range(loop.steps):
-        direction, _ = _direction(support(phi, k, False)[0], phi, None, loop, 0)
+        direction, _ = _direction(support(phi, k, False)[0], phi, None, loop, axes)
         phi = _moved(phi, rates_of_step(alpha, loop, theta, k), direction)
-        yield params_of_step(phi, loop, k)
+        yield params_of_step(phi, loop, k, axes)
 
 
 def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, loop: InnerLoop) -> Params:
@@ -144,6 +145,30 @@ def _support(apply: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple[str, .
             return *gradient(phi, k), None
         g, pullback, value = vjp(partial(gradient, k=k), phi, has_aux=True)
         return g, value, lambda v: pullback(v)[0]  # the Hessian is symmetric
+
+    return support
+
+
+def _shared(theta: Params, tasks: int) -> Params:
+    """theta with an axis of tasks in front, without copies: products with it see one matrix."""
+    return {name: p.expand(tasks, *p.shape) for name, p in theta.items()}
+
+
+def _support_of_tasks(forward_tasks: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple[str, ...],
+                      loop: InnerLoop) -> Support:
+    """That of T tasks at once, by torch.autograd."""
+
+    @torch.enable_grad()
+    def support(phi: Params, k: int, hessian: bool) -> tuple:
+        phi = {name: p.detach().requires_grad_(hessian or name in names) for name, p in phi.items()}
+        value = loss(forward_tasks(params_of_step(phi, loop, k, 1), x), y)[0]
+        graph = torch.autograd.grad(value.sum(), [phi[name] for name in names], create_graph=hessian, materialize_grads=True)
+
+        def times(v: Params) -> Params:
+            return dict(zip(phi, torch.autograd.grad(graph, tuple(phi.values()), [v[name] for name in names],
+                                                     materialize_grads=True)))
+
+        return {name: g.detach() for name, g in zip(names, graph)}, value.detach(), times if hessian else None
 
     return support
 
@@ -245,29 +270,17 @@ def tasks_meta_gradient(forward_tasks: Apply, loss: Loss, theta: Params, alpha: 
                         loop: InnerLoop) -> MetaGradient:
     """`task_meta_gradient` of T tasks at once; every field with the axis T in front. `forward_tasks` takes parameters and
     inputs with that axis."""
-    names = loop.adapted or tuple(theta)
 
-    def support(phi: Params, k: int, hessian: bool) -> tuple:
-        phi = {name: p.detach().requires_grad_(hessian or name in names) for name, p in phi.items()}
-        value = loss(forward_tasks(params_of_step(phi, loop, k, 1), tasks.support_x), tasks.support_y)[0]
-        graph = torch.autograd.grad(value.sum(), [phi[name] for name in names], create_graph=hessian, materialize_grads=True)
-
-        def times(v: Params) -> Params:
-            return dict(zip(phi, torch.autograd.grad(graph, tuple(phi.values()), [v[name] for name in names],
-                                                     materialize_grads=True)))
-
-        return {name: g.detach() for name, g in zip(names, graph)}, value.detach(), times if hessian else None
-
+    @torch.enable_grad()
     def query(phi: Params, k: int) -> tuple:
         phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
         value, accuracy = loss(forward_tasks(params_of_step(phi, loop, k, 1), tasks.query_x), tasks.query_y)
         adjoint = torch.autograd.grad(value.sum(), tuple(phi.values()), materialize_grads=True)
         return dict(zip(phi, adjoint)), value.detach(), accuracy
 
-    size = len(tasks.support_x)
-    theta = {name: p.expand(size, *p.shape) for name, p in theta.items()}  # shared: products with theta see one matrix
-    with torch.enable_grad():
-        return _sweep(support, query, 1, theta, alpha, loop)
+    names = loop.adapted or tuple(theta)
+    support = _support_of_tasks(forward_tasks, loss, tasks.support_x, tasks.support_y, names, loop)
+    return _sweep(support, query, 1, _shared(theta, len(tasks.support_x)), alpha, loop)
 
 
 def each_task(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, loop: InnerLoop) -> MetaGradient:
