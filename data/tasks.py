@@ -11,9 +11,6 @@ Shapes used throughout the project:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.errors import InputError
+from data.gpu import kernels
 
 SPLITS = ("train", "val", "test")
 SIZES_STREAM = 3  # of `draw`; 0 to 2 are classes, examples, rotations
@@ -129,23 +127,14 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ _shift(state, 31)
 
 
-@cache
-def _triton_kernels() -> ModuleType | None:
-    if find_spec("triton") is None:
-        return None
-    from data import kernels
-
-    return kernels
-
-
 def draw(seed: int, split: str, iteration: int | Tensor, indices: Tensor, stream: int, count: int) -> Tensor:
     """Uniform numbers in [0, 1) for each task: float64 [T, count], on the device of `indices`; an iteration that is a tensor
     (int64, of no axis) is there too.
 
     `stream` names the purpose (classes, rotations, ...), so that purposes do not share numbers.
     """
-    if indices.is_cuda and (kernels := _triton_kernels()):
-        return kernels.draw(seed, SPLITS.index(split), iteration, indices, stream, count)
+    if on_gpu := kernels("data.kernels", indices):
+        return on_gpu.draw(seed, SPLITS.index(split), iteration, indices, stream, count)
     state = torch.zeros_like(indices)
     for part in (seed, SPLITS.index(split), iteration, indices, stream):
         state = _mix(state ^ part)

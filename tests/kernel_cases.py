@@ -9,6 +9,7 @@ from torch import Tensor
 import data.kernels
 from data import tasks
 from models import convolution, kernels
+from trainer.kernels import products
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = ((2, 1, 3), (3, 20, 8), (2, 128, 5), (2, 700, 11), (1, 1400, 2))  # T, m, O
@@ -80,3 +81,13 @@ def test_draw(seed: int):
             found = data.kernels.draw(seed, tasks.SPLITS.index(split), number, indices.to(DEVICE), stream, count)
             assert torch.equal(found.cpu(), expected)
         assert torch.equal(tasks.draw(seed, split, torch.tensor(iteration), indices, stream, count), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-14), (torch.float32, 1e-6)))
+def test_products(dtype: torch.dtype, tolerance: float):
+    shapes = ((5,), (2, 3, 3, 700), (1,), (4096,), (31, 2))
+    a, b = ([random(3, *shape, seed=i).to(DEVICE, dtype) for i, shape in enumerate(shapes, start)] for start in (0, 9))
+    b[1] = b[1][:1].expand_as(b[1])  # theta's own
+    expected = torch.stack([(x.double() * y.double()).flatten(1).sum(1) for x, y in zip(a, b)], 1)
+    size = torch.stack([(x.double() * y.double()).abs().flatten(1).sum(1) for x, y in zip(a, b)], 1)
+    assert bool(((products(a, b) - expected).abs() <= tolerance * size).all())

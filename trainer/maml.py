@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
+from data.gpu import kernels
 from data.tasks import Loss, TaskBatch
 from trainer.inner import InnerLoop, Params, params_of_step, rates_of_step
 
@@ -62,6 +63,9 @@ class _Step(NamedTuple):
 
 def _products(a: Params, b: Params, axes: int, names: tuple[str, ...], alpha_shape: str) -> Tensor:
     """a b summed over what shares a rate, in float64; the first `axes` axes, the tasks', stay."""
+    if axes and alpha_shape != "parameter" and (on_gpu := kernels("trainer.kernels", a[names[0]])):
+        each = on_gpu.products([a[name] for name in names], [b[name] for name in names])
+        return each.sum(-1) if alpha_shape == "scalar" else each
     each = [(a[name] * b[name]).reshape(*a[name].shape[:axes], -1) for name in names]
     if alpha_shape == "parameter":
         return torch.cat(each, -1).double()
@@ -74,8 +78,10 @@ def _scaled(factor: Tensor, x: Params) -> Params:
     return {name: factor.to(p.dtype).view(factor.shape + (1,) * (p.dim() - factor.dim())) * p for name, p in x.items()}
 
 
-def _plus(x: Params, y: Params, scale: float = 1.0) -> Params:
-    """x + scale y, where y may lack tensors."""
+def _plus(x: Params, y: Params, scale: float = 1.0, axes: int = 0) -> Params:
+    """x + scale y, where y may lack tensors. With `axes` they are no tensors of vmap, which knows no sums of lists."""
+    if axes and next(iter(x.values())).is_cuda:
+        return x | dict(zip(y, torch._foreach_add([x[name] for name in y], list(y.values()), alpha=scale)))
     return {name: torch.add(p, y[name], alpha=scale) if name in y else p for name, p in x.items()}
 
 
@@ -192,7 +198,7 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         step = visit(phi, k, not recompute)
         if k == 0:
             support_loss = step.support_loss
-        moved = step.direction if moved is None else _plus(moved, step.direction)
+        moved = step.direction if moved is None else _plus(moved, step.direction, axes=axes)
         if shape == "layer_step":
             lengths.append(_products(step.direction, step.direction, axes, names, "layer").sqrt())
         if not recompute:
@@ -213,10 +219,10 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         if shape == "layer_step":
             rows.append(-product)
         if step.pullback is not None:
-            adjoint = _plus(adjoint, step.pullback(_times(rates[k], adjoint)), -1)
+            adjoint = _plus(adjoint, step.pullback(_times(rates[k], adjoint)), -1, axes)
         if step.query is not None:
             steepness = steepness + _products(step.query, step.query, axes, names, per_rate).sqrt()
-            adjoint = _plus(adjoint, step.query)
+            adjoint = _plus(adjoint, step.query, axes=axes)
     norm = steepness * distance
     if shape == "layer_step":
         alpha_gradient, norm = torch.stack(rows[::-1], -2), torch.stack(lengths, -2) * steepness[..., None, :]
