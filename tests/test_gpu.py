@@ -15,7 +15,7 @@ from trainer import config as configuration
 from trainer.collective import World
 from trainer.graph import Captured
 from trainer.inner import InnerLoop
-from trainer.loop import Problem, State, set_up, snapshot, train_step
+from trainer.loop import Problem, State, set_up, snapshot, train_step, validate
 from trainer.maml import meta_gradient
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
@@ -51,6 +51,11 @@ def test_the_meta_gradient_is_that_of_a_cpu(name: str, steps: int, shape: str):
     assert apart({n: g.cpu() for n, g in found["cuda"].gradient.items()}, found["cpu"].gradient, "") < 1e-9
     for a, b in zip(found["cuda"][1:], found["cpu"][1:]):
         assert torch.allclose(a.cpu(), b, rtol=1e-9, equal_nan=True)
+
+
+def test_an_evaluation_is_that_of_a_cpu(omniglot_root: str):
+    here, there = (validate(*problem_of(omniglot_root, device)) for device in ("cpu", "cuda"))
+    assert here.keys() == there.keys() and all(there[name] == pytest.approx(value, rel=1e-9) for name, value in here.items())
 
 
 def beside(problem: Problem, state: State, other: State, count: int) -> Captured:

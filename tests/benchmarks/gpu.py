@@ -8,14 +8,19 @@ Omniglot's archives are looked for in $OMNIGLOT_ROOT, learn2learn's source distr
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from bench import compare
+from bench import ROOT, compare
 from contenders import captured
 from iteration import KEYS
 from torch.utils.flop_counter import FlopCounterMode
@@ -154,6 +159,20 @@ def iteration(steps: int, bandwidth: float, rates: dict[str, float]) -> None:
         print(f"    {total / 1000 / count:7.3f} ms {kernels[name] / count:6.1f} x  {name[:110]}")
 
 
+def whole_run(iterations: int = 2000) -> None:
+    """`alpha-maml train` by itself: how long until it iterates, and how fast then, evaluations left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [word for name, value in KEYS.items() for word in (f"--{name}", value)]
+        begun = time.time()
+        subprocess.run([sys.executable, "-m", "launch", "train", *words, "--iterations", str(iterations), "--evaluation.every",
+                        "500", "--tracking.uri", "disabled", "--run_dir", folder], cwd=ROOT, check=True,
+                       stdout=subprocess.DEVNULL)
+        ended, summary = time.time(), json.loads((Path(folder) / "summary.json").read_text())
+        first = spool.read_metrics(Path(folder))[0]["timestamp"] / 1000
+    print(f"\na whole run of {iterations} iterations, K = 1, 4 evaluations of 200 tasks: the first iteration after "
+          f"{first - begun:.1f} s, {ended - begun:.1f} s in all, {summary['tasks_per_s']:.0f} tasks/s", flush=True)
+
+
 def memory() -> None:
     """Peaks of an iteration of 16 tasks, above what is held, by the number of inner steps."""
     peaks = {}
@@ -212,8 +231,9 @@ def main() -> None:
         for steps in (1, 5):
             iteration(steps, *found)
         memory()
+        whole_run()
     if "starts" in options.parts:
-        starts(120, 3)
+        starts(80, 3)
 
 
 if __name__ == "__main__":
