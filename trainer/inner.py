@@ -49,7 +49,7 @@ def at(config: Config, adapted: tuple[str, ...] | None, iteration: int, device: 
         weights = torch.full((inner.steps,), early, dtype=torch.float64, device=device)
         weights[-1] = 1 - (inner.steps - 1) * early
     recompute = inner.recompute if config.model.randomness == "error" else False  # computing anew would draw anew
-    shape = config.rates.alpha_shape or ("layer" if config.rates.rule == "adaptive" else "scalar")
+    shape = config.rates.alpha_shape or ("layer_step" if config.rates.rule == "adaptive" else "scalar")
     return InnerLoop(inner.steps, order, adapted, shape, inner.clip, inner.weight_decay, weights, recompute,
                      config.model.randomness, seed + config.task.batch * iteration, per_step)
 

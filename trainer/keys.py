@@ -102,7 +102,7 @@ class Rates:
     rule: Literal["adaptive", "paper", "fixed"] = key("adaptive", "how alpha and beta move")
     alpha_shape: Literal["scalar", "layer", "layer_step", "parameter"] | None = key(
         None, "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number; null is "
-        "layer under rule adaptive, else scalar")
+        "layer_step under rule adaptive, else scalar")
     alpha: float = key(0.01, "first inner rate", POSITIVE)
     beta: float = key(0.001, "first meta rate", POSITIVE)
     alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
