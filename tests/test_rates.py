@@ -48,7 +48,7 @@ def trajectory(config: Config, iterations: int, scale: float = 1.0) -> list[tupl
     seen = []
     for _ in range(iterations):
         state, values = train_step(problem, state, False)
-        seen.append((*state.engine.theta()["p"].tolist(), float(state.rates.alpha), float(state.rates.beta)))
+        seen.append((*state.engine.theta()["p"].tolist(), float(state.rates.alpha.max()), float(state.rates.beta)))
     return seen
 
 
