@@ -87,7 +87,7 @@ def test_what_is_no_export_is_one_line(curve: Path, tmp_path: Path):
     with safetensors.safe_open(curve / "model.safetensors", "pt") as saved:
         facts, theta = saved.metadata(), load_file(curve / "model.safetensors")
     for changed, tensors, words in (
-            ({}, theta | {"rates.alpha": torch.zeros(2)}, "alpha of shape .2., rates.alpha_shape layer has .6."),
+            ({}, theta | {"rates.alpha": torch.zeros(2)}, "alpha of shape .2., rates.alpha_shape layer_step has .1, 6."),
             ({"config": "[" * 100_000}, theta, "is not a whole file"), ({"config": "[]"}, theta, "is not a whole file"),
             ({"config": '{"seed": null}'}, theta, "seed: 'None' must be a whole number"),
             ({}, {name: t.reshape(-1) for name, t in theta.items()}, "does not hold alpha and the parameters"),

@@ -154,31 +154,28 @@ class Recorder:
             host, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
             if arrived:
                 arrived.record()
-                if wait:
-                    arrived.synchronize()
-            now = time.perf_counter()
-            seconds, self.clock = (now - self.clock) / len(host), now
-            self.coming.append((self.pending, host, arrived, seconds))
+            self.coming.append((self.pending, host, arrived))
             self.pending = []
         taken = len(self.coming) if wait else len(self.coming) - 1
         ready, self.coming = self.coming[:taken], self.coming[taken:]
-        return [row for block in ready for row in self._write(*block)]
-
-    def _write(self, pending: list, host: Tensor, arrived: torch.cuda.Event | None,
-               seconds: float) -> Iterator[tuple[int, list[float]]]:
-        if arrived:
+        if not ready:
+            return []
+        if arrived := ready[-1][2]:
             arrived.synchronize()
+        rows = [row for pending, host, _ in ready for row in zip(pending, host.tolist())]
+        now = time.perf_counter()
+        seconds, self.clock = (now - self.clock) / len(rows), now
         pace = {"perf/step_ms": 1000 * seconds, "perf/tasks_per_s": self.tasks / seconds}
-        for (step, timestamp, _, extra), row in zip(pending, host.tolist()):
+        for (step, timestamp, _, extra), row in rows:
             metrics = {**dict(zip(self.names, row)), **extra, **pace}
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # nan: does not apply
             self.latest |= metrics
             if self.file and step > self.recorded:
                 self.file.write(json.dumps({"step": step, "timestamp": timestamp, **metrics}).encode() + b"\n")
-            yield step, row
         if self.file:
             with naming(self.path):
                 self.file.flush()
+        return [(step, row) for (step, *_), row in rows]
 
 
 def shown(value: float | None) -> str:
