@@ -157,7 +157,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto takes a GPU where there is one")
     precision: Literal["float32", "tf32", "float64"] = key(
         "float32", "of theta and of every product on the way to it; tf32 is float32 whose products a GPU rounds to 10 bits: "
-        "faster, gradients 1e-3 off")
+        "faster, gradients 1 or 2 % off")
     compile: bool = key(False, "the meta-gradient as one graph of torch.compile: a minute at the first start, kept for later "
                         "ones; for models without forward_tasks, and small ones")
     capture: bool | None = key(None, "on a GPU the whole iteration as one CUDA graph; null is wherever that can be")
