@@ -73,6 +73,7 @@ def test_wrong_command_lines_are_one_line(tmp_path: Path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to ask for")
 def test_a_gpu_that_is_not_there_is_one_line(tmp_path: Path):
     assert "device: cuda was asked for" in wrong(*QUICK, "--device", "cuda", "--run_dir", tmp_path / "run")
+    assert "capture: true needs a GPU" in wrong(*QUICK, "--capture", "true", "--run_dir", tmp_path / "run")
 
 
 def test_a_folder_of_another_configuration_is_refused_and_untouched(tmp_path: Path):
