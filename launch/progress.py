@@ -96,7 +96,9 @@ class Progress:
             print("  {:<14}{:>12}{:>12}".format(*row))
         accuracy = summary.get("val_accuracy")
         if accuracy is not None:
-            print(f"  validation accuracy {100 * accuracy:.2f} % +- {100 * summary['val_accuracy_ci95']:.2f}")
+            interval = summary.get("val_accuracy_ci95")  # none of a single task
+            spread = "" if interval is None else f" +- {100 * interval:.2f}"
+            print(f"  validation accuracy {100 * accuracy:.2f} %{spread}")
         elif summary.get("val_loss") is not None:
             print(f"  validation loss {summary['val_loss']:.4f}")
         reached = summary.get("iterations_to_threshold")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,14 @@ def test_training_from_absurd_rates_learns(tmp_path: Path):
             "--run_dir", tmp_path / "run")
     summary = spool.read_json(tmp_path / "run/summary.json")
     assert summary["loss_last"] < summary["loss_first"] / 2 and summary["iterations_to_threshold"] < 300
+
+
+def test_a_single_task_has_an_accuracy_and_no_interval(tmp_path: Path, omniglot_root: str):
+    result = succeed("train", "--data.name", "omniglot", "--data.root", omniglot_root, "--model.name", "conv4",
+                     "--model.channels", 4,
+                     "--task.ways", 5, "--task.shots", 1, "--task.queries", 1, "--task.batch", 2, "--iterations", 1,
+                     "--evaluation.tasks", 1, "--tracking.uri", "disabled", "--run_dir", tmp_path)
+    assert re.search(r"validation accuracy \d+\.00 %$", result.stdout, re.MULTILINE), result.stdout
 
 
 def test_wrong_command_lines_are_one_line(tmp_path: Path):

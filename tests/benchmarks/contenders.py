@@ -74,9 +74,10 @@ class Problem:
         def blobs(images: int) -> torch.Tensor:
             """Smooth random images, as different from each other as drawings are: pure noise looks alike to a net that
             averages. A little noise on top: maxima over equal pixels would be a matter of rounding."""
-            coarse = torch.randn(tasks * images, colours, 7, 7, generator=generator)
+            coarse, noise = (torch.randn(tasks * images, colours, side, side, generator=generator, dtype=torch.float64)
+                             for side in (7, size))
             smooth = F.interpolate(coarse, (size, size), mode="bilinear")
-            return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).unflatten(0, (tasks, images)).to(dtype)
+            return (smooth + 0.1 * noise).unflatten(0, (tasks, images)).to(dtype)
 
         y, query_y = torch.arange(ways).repeat_interleave(shots), torch.arange(ways)
         tasks = blobs(ways * shots), y.repeat(tasks, 1), blobs(ways), query_y.repeat(tasks, 1)
