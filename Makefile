@@ -28,7 +28,7 @@ soak: .venv/ready
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz/fuzz.py --cases 10000
 
-# Ours beside the field's libraries, on this machine: about 15 minutes in which nothing else should run.
+# Ours beside the field's libraries, on this machine: about half an hour in which nothing else should run.
 bench: .venv/bench
 	LEARN2LEARN=$(CURDIR)/.venv/learn2learn $(BIN)/python tests/benchmarks/bench.py
 	$(BIN)/python tests/benchmarks/iteration.py

@@ -30,7 +30,7 @@ SETTINGS = {  # tasks ways shots steps size colours channels
 }
 GPU_ONLY = ("ours, captured", "ours, tf32", "ours, bf16", "JAX, tf32")
 LIBRARIES = ("learn2learn", "higher", "TorchOpt")
-PATIENCE = 300  # seconds for a contender's first results, compilation included
+PATIENCE = 150  # seconds for a contender's first results, compilation included
 SLOW = 3.0  # seconds from which a contender takes only two rounds
 
 
