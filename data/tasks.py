@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.errors import InputError
-from data.gpu import kernels
+from data.gpu import runs_kernels
 
 SPLITS = ("train", "val", "test")
 SIZES_STREAM = 3  # of `draw`; 0 to 2 are classes, examples, rotations
@@ -133,8 +133,10 @@ def draw(seed: int, split: str, iteration: int | Tensor, indices: Tensor, stream
 
     `stream` names the purpose (classes, rotations, ...), so that purposes do not share numbers.
     """
-    if on_gpu := kernels("data.kernels", indices):
-        return on_gpu.draw(seed, SPLITS.index(split), iteration, indices, stream, count)
+    if runs_kernels(indices):
+        from data import kernels
+
+        return kernels.draw(seed, SPLITS.index(split), iteration, indices, stream, count)
     state = torch.zeros_like(indices)
     for part in (seed, SPLITS.index(split), iteration, indices, stream):
         state = _mix(state ^ part)

@@ -14,6 +14,7 @@ Shapes: T tasks, n images, C channels in, O out, P = h' w' positions out, channe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from data.gpu import kernels
+from data.gpu import runs_kernels
 from models.norm import EPS
 
 DIRECT = 5e6  # multiply-adds of a task from which one convolution call a task is faster than im2col on a CPU
@@ -38,21 +39,30 @@ def shared(weight: Tensor) -> bool:
     return weight.stride(0) == 0
 
 
+def _kernels(x: Tensor) -> ModuleType | None:
+    """models.kernels, where they run."""
+    if not runs_kernels(x):
+        return None
+    from models import kernels
+
+    return kernels
+
+
 # The three products. `direct`: x itself and torch's convolution; else x's columns and batched matrix products.
 
 
 def columns_of(x: Tensor, stride: int) -> Tensor:
     """im2col of 3 x 3 windows with a border of one zero, C innermost."""
-    if on_gpu := kernels("models.kernels", x):
-        return on_gpu.columns_of(x, stride)
+    if kernels := _kernels(x):
+        return kernels.columns_of(x, stride)
     windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)  # [T, n, h', w', C, 3, 3]
     return windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(len(x), -1, 9 * x.shape[-1])
 
 
 def add_columns(columns: Tensor, shape: torch.Size, stride: int) -> Tensor:
     """The transpose of `columns_of`: sums columns into x's shape."""
-    if on_gpu := kernels("models.kernels", columns):
-        return on_gpu.add_columns(columns, shape, stride)
+    if kernels := _kernels(columns):
+        return kernels.add_columns(columns, shape, stride)
     tasks, images, height, width, channels = shape
     rows, cols = positions(height, stride), positions(width, stride)
     windows = columns.view(tasks, images, rows, cols, 3, 3, channels)
@@ -180,8 +190,8 @@ def _blocks(z: Tensor) -> Iterator[slice]:
 
 def norm(z: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(a, z - mean, scale) of z [T, m, O]; gain, shift and scale [T, 1, O]."""
-    if on_gpu := kernels("models.kernels", z):
-        return on_gpu.norm(z, gain, shift)
+    if kernels := _kernels(z):
+        return kernels.norm(z, gain, shift)
     a, centred, scale = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z[:, :1])
     for b in _blocks(z):
         torch.sub(z[b], z[b].mean(1, keepdim=True), out=centred[b])
@@ -192,8 +202,8 @@ def norm(z: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def norm_first(da: Tensor, gain: Tensor, a: Tensor, centred: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, d gain, d shift): with dy = da where a > 0, dz = gain scale (dy - mean(dy) - zh mean(dy zh))."""
-    if on_gpu := kernels("models.kernels", da):
-        return on_gpu.norm_first(da, gain, a, centred, scale)
+    if kernels := _kernels(da):
+        return kernels.norm_first(da, gain, a, centred, scale)
     count = centred.shape[1]
     dz, dgain, dshift = torch.empty_like(centred), torch.empty_like(scale), torch.empty_like(scale)
     for b in _blocks(centred):
@@ -213,8 +223,8 @@ def norm_second(ddz: Tensor, ddgain: Tensor, ddshift: Tensor, da: Tensor, gain: 
     With U = ddz and the projection P v = v - mean(v) - zh mean(v zh), <U, dz> = gain scale <P U, dy>; zh and scale depend
     on z by d zh / d z = scale P and d scale / d z = -scale^2 zh / count.
     """
-    if on_gpu := kernels("models.kernels", da):
-        return on_gpu.norm_second(ddz, ddgain, ddshift, da, gain, a, centred, scale, dgain, dshift)
+    if kernels := _kernels(da):
+        return kernels.norm_second(ddz, ddgain, ddshift, da, gain, a, centred, scale, dgain, dshift)
     on_da, on_z, on_gain = torch.empty_like(centred), torch.empty_like(centred), torch.empty_like(scale)
     for b in _blocks(centred):
         _norm_second(ddz[b], ddgain[b], ddshift[b], da[b], gain[b], a[b], centred[b], scale[b], dgain[b], dshift[b],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Small, newest_state
-from exactness import relative
+from exactness import dot, relative
 from processes import ROOT, succeed, wrong
 from test_vectorised import agree, both_ways
 
@@ -15,7 +15,7 @@ from data.tasks import TaskBatch
 from trainer import inner, load, spool
 from trainer.config import build
 from trainer.inner import InnerLoop
-from trainer.maml import MetaGradient, dot, meta_gradient
+from trainer.maml import MetaGradient, meta_gradient
 
 OWN = {"PYTHONPATH": str(ROOT / "tests")}
 COMMON = ("--model.name", "own:Dropout", "--task.batch", 7, "--inner.steps", 2, "--iterations", 12, "--evaluation.tasks", 20,

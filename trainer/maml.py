@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from data.gpu import kernels
+from data.gpu import runs_kernels
 from data.tasks import Loss, TaskBatch
 from trainer.inner import InnerLoop, Params, params_of_step, rates_of_step
 
@@ -63,8 +63,10 @@ class _Step(NamedTuple):
 
 def _products(a: Params, b: Params, axes: int, names: tuple[str, ...], alpha_shape: str) -> Tensor:
     """a b summed over what shares a rate, in float64; the first `axes` axes, the tasks', stay."""
-    if axes and alpha_shape != "parameter" and (on_gpu := kernels("trainer.kernels", a[names[0]])):
-        each = on_gpu.products([a[name] for name in names], [b[name] for name in names])
+    if axes and alpha_shape != "parameter" and runs_kernels(a[names[0]]):
+        from trainer import kernels
+
+        each = kernels.products([a[name] for name in names], [b[name] for name in names])
         return each.sum(-1) if alpha_shape == "scalar" else each
     each = [(a[name] * b[name]).reshape(*a[name].shape[:axes], -1) for name in names]
     if alpha_shape == "parameter":
