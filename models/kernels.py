@@ -29,6 +29,15 @@ def _columns(channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _program(rows, channels, BLOCK: tl.constexpr):
+    """The program's task, where that begins in [T, rows, O], its channels [1, BLOCK], which of them exist, and their place in
+    [T, 1, O]."""
+    task = tl.program_id(0).to(tl.int64)
+    column, exists = _columns(channels, BLOCK)
+    return task, task * rows * channels, column, exists, task * channels + column
+
+
+@triton.jit
 def _tile(start, rows, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Offsets within the task [ROWS, BLOCK], and which of them exist."""
     row = start + tl.arange(0, ROWS)[:, None]
@@ -44,9 +53,7 @@ def _masked(value, a):
 
 @triton.jit(do_not_specialize=["rows", "gain_step", "shift_step"])
 def _norm(z, gain, shift, a, centred, scale, gain_step, shift_step, rows, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    task = tl.program_id(0).to(tl.int64)
-    base = task * rows * channels
-    column, exists = _columns(channels, BLOCK)
+    task, base, column, exists, one = _program(rows, channels, BLOCK)
     count = rows.to(z.dtype.element_ty)
     total = tl.zeros((ROWS, BLOCK), z.dtype.element_ty)
     for start in range(0, rows, ROWS):
@@ -59,7 +66,7 @@ def _norm(z, gain, shift, a, centred, scale, gain_step, shift_step, rows, channe
         difference = tl.where(mask, tl.load(z + base + at, mask, 0.0) - mean, 0.0)
         squares += difference * difference
     scaled = tl.rsqrt(tl.sum(squares, 0, keep_dims=True) / count + _EPS)
-    tl.store(scale + task * channels + column, scaled, exists)
+    tl.store(scale + one, scaled, exists)
     slope = scaled * tl.load(gain + task * gain_step + column, exists, 0.0)
     offset = tl.load(shift + task * shift_step + column, exists, 0.0)
     for start in range(0, rows, ROWS):
@@ -73,10 +80,7 @@ def _norm(z, gain, shift, a, centred, scale, gain_step, shift_step, rows, channe
 @triton.jit(do_not_specialize=["rows", "gain_step"])
 def _norm_first(da, gain, a, centred, scale, dz, dgain, dshift, gain_step, rows, channels, ROWS: tl.constexpr,
                 BLOCK: tl.constexpr):
-    task = tl.program_id(0).to(tl.int64)
-    base = task * rows * channels
-    column, exists = _columns(channels, BLOCK)
-    one = task * channels + column
+    task, base, column, exists, one = _program(rows, channels, BLOCK)
     count = rows.to(da.dtype.element_ty)
     total = tl.zeros((ROWS, BLOCK), da.dtype.element_ty)
     along = tl.zeros((ROWS, BLOCK), da.dtype.element_ty)
@@ -101,10 +105,7 @@ def _norm_first(da, gain, a, centred, scale, dz, dgain, dshift, gain_step, rows,
 @triton.jit(do_not_specialize=["rows", "gain_step"])
 def _norm_second(ddz, ddgain, ddshift, da, gain, a, centred, scale, dgain, dshift, on_da, on_z, on_gain, gain_step, rows,
                  channels, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    task = tl.program_id(0).to(tl.int64)
-    base = task * rows * channels
-    column, exists = _columns(channels, BLOCK)
-    one = task * channels + column
+    task, base, column, exists, one = _program(rows, channels, BLOCK)
     count = rows.to(da.dtype.element_ty)
     total = tl.zeros((ROWS, BLOCK), da.dtype.element_ty)
     along = tl.zeros((ROWS, BLOCK), da.dtype.element_ty)
