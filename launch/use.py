@@ -6,9 +6,8 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,8 +69,11 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
             with _written(out):
                 out.mkdir(parents=True, exist_ok=True)
         alpha = state.rates.alpha.to(problem.dtype)
-        bar = partial(tqdm, unit="task", unit_scale=evaluation.CHUNK * world.size, disable=True if world.rank else None,
-                      leave=False, dynamic_ncols=True)
+
+        def bar(chunks: Sequence) -> Iterable:
+            scale = len(chunks[0]) * world.size if chunks else 1  # a rank may have none
+            return tqdm(chunks, unit="task", unit_scale=scale, disable=True if world.rank else None, leave=False,
+                        dynamic_ncols=True)
 
         def of_ways(apply: Callable | None) -> Callable | None:
             return apply and (lambda params, x: apply(params, x)[..., :ways] if ways < trained.task.ways else apply(params, x))
