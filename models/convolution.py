@@ -3,8 +3,8 @@ derivatives by hand.
 
 Why not torch's own: a convolution whose weights differ from task to task becomes a grouped convolution, batch normalisation a
 dozen passes over memory, and their second derivatives several times that. A convolution is bilinear, so its value and all its
-derivatives are three products, of x with the weight, of dz with the weight, and of dz with x. Each is done, per task, in the
-faster of two ways (tests/benchmarks/RESULTS.md): many small tasks as one batched matrix product (im2col), large ones by
+derivatives are three products, of x with the weight, of dz with the weight, and of dz with x. Each is done in the faster of
+two ways (tests/benchmarks/RESULTS.md): as a matrix product (im2col), batched over tasks on a GPU, or where x is large by
 torch's convolution, one call a task; one call for all tasks where they share the weight, as in the first inner step. On a GPU
 the passes over memory, norm and im2col, are models.kernels.
 
@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from data.gpu import runs_kernels
 from models.norm import EPS
 
-DIRECT = 5e6  # multiply-adds of a task from which one convolution call a task is faster than im2col on a CPU
+COLUMNS = 2**18  # numbers in a task's columns up to which a CPU is faster with them than with torch's convolution
+DIRECT = 5e6  # multiply-adds of a task from which a CPU is faster with torch's convolution than with summing columns into dx
 PARTS = 8  # in which a GPU takes the sum over a first layer's positions
 BLOCK = 2**18  # elements that a pass over memory takes at a time on a CPU: what stays in its cache for the next pass
 
@@ -39,6 +40,10 @@ def shared(weight: Tensor) -> bool:
     return weight.stride(0) == 0
 
 
+# torch's float32 products are MKL's, which on AMD's processors leaves AVX-512 alone: half the rate of oneDNN's.
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
 def _kernels(x: Tensor) -> ModuleType | None:
     """models.kernels, where they run."""
     if not runs_kernels(x):
@@ -48,7 +53,7 @@ def _kernels(x: Tensor) -> ModuleType | None:
     return kernels
 
 
-# The three products. `direct`: x itself and torch's convolution; else x's columns and batched matrix products.
+# The three products, of columns by matrix products or else of x itself by torch's convolution.
 
 
 def columns_of(x: Tensor, stride: int) -> Tensor:
@@ -87,42 +92,46 @@ def _each_task(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]
         yield from zip(*tensors, weight)
 
 
-def _matmul(a: Tensor, b: Tensor, b_is_shared: bool) -> Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [T, m, k] times b [T, k, l]; one large product where all tasks share b."""
-    return (a.flatten(0, 1) @ b[0]).unflatten(0, a.shape[:2]) if b_is_shared else torch.bmm(a, b)
+    if a.device.type != "cpu" or a.dtype is not torch.float32 or _onednn is None:
+        return (a.flatten(0, 1) @ b[0]).unflatten(0, a.shape[:2]) if shared(b) else torch.bmm(a, b)
+    if shared(b):
+        return _onednn(a.flatten(0, 1), b[0].mT, None, "none", [], "").unflatten(0, a.shape[:2])
+    return torch.stack([_onednn(a_t, b_t.mT, None, "none", [], "") for a_t, b_t in zip(a, b)])
 
 
-def product(x: Tensor, weight: Tensor, z_shape: torch.Size, stride: int, direct: bool) -> Tensor:
-    """z."""
-    if not direct:
-        return _matmul(x, weight.flatten(2).mT, shared(weight)).view(z_shape)
+def product(source: Tensor, weight: Tensor, z_shape: torch.Size, stride: int, columns: bool) -> Tensor:
+    """z; `source` is x's columns or x."""
+    if columns:
+        return _matmul(source, weight.flatten(2).mT).view(z_shape)
     z = weight.new_empty(z_shape)
-    for out, x_t, w in _each_task(weight, z, x):
+    for out, x_t, w in _each_task(weight, z, source):
         out.copy_(F.conv2d(_images_first(x_t), _images_first(w), stride=stride, padding=1).permute(0, 2, 3, 1))
     return z
 
 
-def product_on_x(dz: Tensor, weight: Tensor, like: Tensor, stride: int, direct: bool) -> Tensor:
+def product_on_x(dz: Tensor, weight: Tensor, like: Tensor, stride: int, columns: bool) -> Tensor:
     """dx from dz; `like` has x's shape."""
-    if not direct:
-        return add_columns(_matmul(dz.flatten(1, -2), weight.flatten(2), shared(weight)), like.shape, stride)
+    if columns:
+        return add_columns(_matmul(dz.flatten(1, -2), weight.flatten(2)), like.shape, stride)
     dx = torch.empty_like(like, memory_format=torch.contiguous_format)
     for out, dz_t, x_t, w in _each_task(weight, dx, dz, like):
         out.copy_(_convolution_backward(dz_t, x_t, w, stride, (True, False, False))[0].permute(0, 2, 3, 1))
     return dx
 
 
-def product_on_weight(dz: Tensor, x: Tensor, weight: Tensor, stride: int, direct: bool) -> Tensor:
-    """d weight from dz and x, of each task; `weight` gives its shape."""
-    if not direct:
+def product_on_weight(dz: Tensor, source: Tensor, weight: Tensor, stride: int, columns: bool) -> Tensor:
+    """d weight from dz and x's columns or x, of each task; `weight` gives its shape."""
+    if columns:
         dz = dz.flatten(1, -2)
-        few = x.shape[-1] < dz.shape[-1]  # the product wants the longer side last
-        if few and x.is_cuda and x.shape[1] % PARTS == 0:  # a small result of a long sum leaves most of a GPU idle
-            x, dz = (t.reshape(len(t) * PARTS, -1, t.shape[-1]) for t in (x, dz))
-            return torch.bmm(dz.mT, x).unflatten(0, (-1, PARTS)).sum(1).reshape(weight.shape)
-        return (torch.bmm(x.mT, dz).mT if few else torch.bmm(dz.mT, x)).reshape(weight.shape)
+        few = source.shape[-1] < dz.shape[-1]  # the product wants the longer side last
+        if few and source.is_cuda and source.shape[1] % PARTS == 0:  # a small result of a long sum leaves most of a GPU idle
+            source, dz = (t.reshape(len(t) * PARTS, -1, t.shape[-1]) for t in (source, dz))
+            return torch.bmm(dz.mT, source).unflatten(0, (-1, PARTS)).sum(1).reshape(weight.shape)
+        return (_matmul(source.mT, dz).mT if few else _matmul(dz.mT, source)).reshape(weight.shape)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for out, dz_t, x_t, w in zip(dweight, dz, x, weight):
+    for out, dz_t, x_t, w in zip(dweight, dz, source, weight):
         out.copy_(_convolution_backward(dz_t, x_t, w, stride, (False, True, False))[1].permute(0, 2, 3, 1))
     return dweight
 
@@ -132,10 +141,12 @@ def _convolution_backward(dz: Tensor, x: Tensor, weight: Tensor, stride: int, wa
                                                [1, 1], [1, 1], False, [0, 0], 1, wanted)
 
 
-def _direct(x: Tensor, weight: Tensor, stride: int) -> bool:
-    _, images, height, width, _ = x.shape
-    work = images * positions(height, stride) * positions(width, stride) * weight[0].numel()
-    return x.device.type == "cpu" and work >= DIRECT
+def _ways(x: Tensor, weight: Tensor, stride: int) -> tuple[bool, bool]:
+    """Whether the products of x, and whether those on x, are those of columns."""
+    _, images, height, width, channels = x.shape
+    count = images * positions(height, stride) * positions(width, stride) * 9 * channels
+    columns = x.device.type != "cpu" or count <= COLUMNS
+    return columns, columns and (x.device.type != "cpu" or count * weight.shape[1] < DIRECT)
 
 
 class Convolution(Function):
@@ -143,15 +154,16 @@ class Convolution(Function):
 
     @staticmethod
     def forward(ctx, x, weight, stride):
-        ctx.stride, ctx.direct = stride, _direct(x, weight, stride)
-        source = x if ctx.direct else columns_of(x, stride)
+        ctx.stride, (ctx.columns, ctx.on_x_columns) = stride, _ways(x, weight, stride)
+        source = columns_of(x, stride) if ctx.columns else x
         ctx.save_for_backward(x, weight, source)
         z_shape = torch.Size((*x.shape[:2], *(positions(size, stride) for size in x.shape[2:4]), weight.shape[1]))
-        return product(source, weight, z_shape, stride, ctx.direct)
+        return product(source, weight, z_shape, stride, ctx.columns)
 
     @staticmethod
     def backward(ctx, dz):
-        first = ConvolutionFirst.apply(dz, *ctx.saved_tensors, ctx.stride, ctx.direct, ctx.needs_input_grad[0])
+        first = ConvolutionFirst.apply(dz, *ctx.saved_tensors, ctx.stride, ctx.columns, ctx.on_x_columns,
+                                       ctx.needs_input_grad[0])
         return *first, None
 
 
@@ -159,24 +171,24 @@ class ConvolutionFirst(Function):
     """The first derivative; without that of x where x is data. Its own derivative is exact; there is no third."""
 
     @staticmethod
-    def forward(ctx, dz, x, weight, source, stride, direct, with_x):
-        ctx.stride, ctx.direct, ctx.with_x = stride, direct, with_x
+    def forward(ctx, dz, x, weight, source, stride, columns, on_x_columns, with_x):
+        ctx.stride, ctx.columns, ctx.on_x_columns, ctx.with_x = stride, columns, on_x_columns, with_x
         ctx.save_for_backward(dz, weight, source)
-        dx = product_on_x(dz, weight, x, stride, direct) if with_x else None
-        return dx, product_on_weight(dz, source, weight, stride, direct)
+        dx = product_on_x(dz, weight, x, stride, on_x_columns) if with_x else None
+        return dx, product_on_weight(dz, source, weight, stride, columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, ddx, ddweight):
         dz, weight, source = ctx.saved_tensors
-        ways = ctx.stride, ctx.direct
-        on_dz, on_x, on_weight = product(source, ddweight, dz.shape, *ways), None, None
+        stride, columns = ctx.stride, ctx.columns
+        on_dz, on_x, on_weight = product(source, ddweight, dz.shape, stride, columns), None, None
         if ctx.with_x:
-            on_x = product_on_x(dz, ddweight, ddx, *ways)
-            ddsource = ddx if ctx.direct else columns_of(ddx, ctx.stride)
-            on_dz += product(ddsource, weight, dz.shape, *ways)
-            on_weight = product_on_weight(dz, ddsource, weight, *ways)
-        return on_dz, on_x, on_weight, None, None, None, None
+            on_x = product_on_x(dz, ddweight, ddx, stride, ctx.on_x_columns)
+            ddsource = columns_of(ddx, stride) if columns else ddx
+            on_dz += product(ddsource, weight, dz.shape, stride, columns)
+            on_weight = product_on_weight(dz, ddsource, weight, stride, columns)
+        return on_dz, on_x, on_weight, None, None, None, None, None
 
 
 # Batch normalisation with ReLU: a = relu(gain zh + shift) with zh = scale (z - mean), by each task's own statistics.

@@ -47,7 +47,7 @@ WRONG = {  # YAML: what its line must name
     "rates: {alpha: true}": ("rates.alpha", "True", "finite number"),
     "rates: {rule: magic}": ("rates.rule", "magic", "adaptive, paper, fixed"),
     "rates: {minimum: 1, maximum: 1}": ("rates.minimum", "under rates.maximum"),
-    "rates: {alpha: 100}": ("rates.alpha", "100", "rates.maximum"),
+    "rates: {alpha: 10000}": ("rates.alpha", "10000", "rates.maximum"),
     "rates: 3": ("rates", "3", "section"),
     "rates: [alpha]": ("rates", "section"),
     "task: {batch: 1.5}": ("task.batch", "1.5", "whole number"),

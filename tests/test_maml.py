@@ -56,7 +56,7 @@ def test_agrees_with_central_differences(name: str, steps: int, way: str):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_equals_a_loop_over_tasks(name: str, order: str, way: str, recompute: bool, monkeypatch):
     if way.endswith("each task"):
-        monkeypatch.setattr(convolution, "DIRECT", 0)
+        monkeypatch.setattr(convolution, "COLUMNS", 0)
     problem = Small(name)
     alone, at_once = way == "one after the other", problem.model.forward_tasks if way.startswith("all") else None
     total = meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha, problem.tasks,

@@ -126,7 +126,7 @@ def test_fixed_rates_stay():
 
 def signals(alpha: float, product: float, loss: float) -> rates.Signals:
     """Cosines, given as if all norms were 1."""
-    return rates.Signals(*torch.tensor([loss, -alpha, 1.0, product, 1.0], dtype=torch.float64).unbind())
+    return rates.Signals(*torch.tensor([loss, -alpha, 1.0, 0.0, product, 1.0], dtype=torch.float64).unbind())
 
 
 def follow(settings: Rates, alphas: list[float], products: list[float], usable: bool = True) -> rates.Rates:
@@ -152,7 +152,7 @@ def test_an_alpha_too_small_to_matter_is_lifted_and_one_far_too_large_at_the_sta
         settings, zero = Rates(alpha=1e-5), torch.zeros((), dtype=torch.float64)
         alpha, norms = (torch.tensor(x, dtype=torch.float64) for x in (alpha, norms))
         state = rates.initial(settings, torch.device("cpu"), tuple(alpha.shape))._replace(alpha=alpha, count=zero + count)
-        found = rates.Signals(zero + loss, torch.zeros_like(norms), norms, zero, zero)
+        found = rates.Signals(zero + loss, torch.zeros_like(norms), norms, zero, zero, zero)
         return rates.update(settings, state, found, torch.tensor(True)).alpha.tolist()
 
     assert after(1e-5, 4.0, 2.0) == pytest.approx(rates.REACH * 2 / 4)  # alpha norm = REACH loss
@@ -197,19 +197,37 @@ def test_an_exploding_inner_loop_leaves_theta_finite(rule: str):
 
 def total(**values: float) -> rates.Total:
     """Of one quiet task, but for `values`."""
-    given = {"loss": 1.0, "alpha_gradient": -0.1, "alignment_norm": 1.0, "squared_norm": 4.0} | values
+    given = {"loss": 1.0, "support_loss": 2.0, "alpha_gradient": -0.1, "alignment_norm": 1.0, "squared_norm": 4.0,
+             "product": 2.0} | values
     scalar = {name: torch.tensor(value, dtype=torch.float64) for name, value in given.items()}
     one = torch.ones((), dtype=torch.float64)
-    sums = MetaGradient({}, scalar["alpha_gradient"], scalar["alignment_norm"], scalar["loss"], one, 2 * one)
-    return rates.Total(sums, scalar["squared_norm"], 2 * one, one, 0 * one)
+    sums = MetaGradient({}, scalar["alpha_gradient"], scalar["alignment_norm"], scalar["loss"], one, scalar["support_loss"])
+    return rates.Total(sums, scalar["squared_norm"], scalar["product"], one, 0 * one)
 
 
 def guarded(config: Config, **values: float) -> tuple[rates.Rates, rates.Rates, bool, bool]:
     """The rates before and after an iteration, whether theta may move, and whether all was finite."""
     before = rates.initial(config.rates, torch.device("cpu"))
-    signals, usable = rates.signals(config.rates.rule, total(**values), 1)
+    signals, usable = rates.signals(config, total(**values))
     after, usable, finite = rates.guarded(config, before, total(**values), signals, usable)
     return before, after, bool(usable), bool(finite)
+
+
+def test_beta_starts_where_the_trust_region_takes_over():
+    """loss / |S|^2, or a beta above it; once, and only where a trust region bounds the step along S itself."""
+    def after(beta: float, count: int = 0, reduction: str = "mean", **of_outer: object) -> float:
+        config = Config(task=Task(batch=5, reduction=reduction), outer=Outer(**of_outer), rates=Rates(beta=beta))
+        state = rates.initial(config.rates, torch.device("cpu"))
+        state = state._replace(count=state.count + count)
+        sums = total(loss=10.0, support_loss=10.0, squared_norm=4.0, product=-0.6 * 2)  # a cosine of -tolerance
+        found, usable = rates.signals(config, sums)
+        return float(rates.update(config.rates, state, found, usable).beta)
+
+    assert after(1e-5) == after(1e-2) == after(0.4) == pytest.approx(10 / 5 / 4)
+    assert after(1e-5, reduction="sum") == pytest.approx(10 / 4)
+    assert after(3.0) == pytest.approx(3.0)
+    for beta in (after(1e-5, count=1), after(1e-5, trust=0.0), after(1e-5, optimizer="adam")):
+        assert beta == pytest.approx(1e-5)
 
 
 NAN, INF = float("nan"), float("inf")

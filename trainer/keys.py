@@ -110,7 +110,7 @@ class Rates:
     kappa: float = key(0.5, "adaptive: largest step of log alpha and log beta per iteration", POSITIVE)
     tolerance: float = key(0.6, "adaptive: opposition of successive meta-gradients that beta endures", NOT_NEGATIVE)
     minimum: float = key(1e-6, "adaptive: lower bound of both rates", POSITIVE)
-    maximum: float = key(10.0, "adaptive: upper bound of both rates", POSITIVE)
+    maximum: float = key(1000.0, "adaptive: upper bound of both rates", POSITIVE)
 
 
 @dataclass(frozen=True)

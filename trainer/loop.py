@@ -89,7 +89,7 @@ def advance(problem: Problem, state: State, tasks: TaskBatch, loop: InnerLoop, s
 
     def decide(total: rates.Total) -> tuple[Tensor, Tensor]:
         """2: beta_t, before theta moves; 4: alpha_{t+1}. Rank 0 decides, every rank obeys."""
-        signals, usable = rates.signals(config.rates.rule, total, batch if config.task.reduction == "mean" else 1)
+        signals, usable = rates.signals(config, total)
         new, finite = state.rates, usable
         if world.rank == 0:
             new, usable, finite = rates.guarded(config, state.rates, total, signals, usable)

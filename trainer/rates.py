@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer import keys
 from trainer.maml import MetaGradient
+from trainer.outer import trust_of
 
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
 FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size moves a rate slowly
@@ -24,6 +25,7 @@ WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
 CUT = 2.0  # and alpha divided by this
 REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order
 FIRST_REACH = 1.0  # and the most it may claim to change before anything is learned, as Polyak's step size does
+TINY = torch.finfo(torch.float64).tiny
 LARGEST = 1e30  # a rate or a step of theta above this is as good as infinite: float32 ends at 3e38
 
 
@@ -57,6 +59,8 @@ class Signals(NamedTuple):
     loss: Tensor  # sum of the query losses
     alpha_gradient: Tensor  # sum of A_b
     alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|
+    polyak: Tensor  # loss / |S_t|^2, the beta that would take the loss to zero to first order (Polyak 1969); 0 where no trust
+    # region bounds it, and where the direction is Adam's
     product: Tensor  # <S_t, direction applied last>
     norms: Tensor  # |S_t| |direction applied last|
 
@@ -70,15 +74,19 @@ def initial(settings: keys.Rates, device: torch.device, sizes: tuple[int, ...] =
     return Rates(filled(settings.alpha, sizes), filled(settings.beta), *moments, filled(0.0))
 
 
-def signals(rule: str, total: Total, count: int) -> tuple[Signals, Tensor]:
-    """An iteration's signals, its sums divided by `count`, and whether it is usable (bool): its numbers are finite and,
+def signals(config: keys.Config, total: Total) -> tuple[Signals, Tensor]:
+    """An iteration's signals, in the convention of task.reduction, and whether it is usable (bool): its numbers are finite and,
     under rule adaptive, adapting did not make the loss WORSE than not adapting."""
     usable = torch.isfinite(total.sums.loss) & torch.isfinite(total.squared_norm)
-    if rule == "adaptive":
+    if config.rates.rule == "adaptive":
         usable &= total.sums.loss <= WORSE * total.sums.support_loss
+    count = config.task.batch if config.task.reduction == "mean" else 1
+    loss, alpha_gradient, alignment_norm = (
+        x / count for x in (total.sums.loss, total.sums.alpha_gradient, total.sums.alignment_norm))
+    bounded = config.outer.optimizer == "sgd" and trust_of(config) > 0
+    polyak = loss.abs() / total.squared_norm.clamp(min=TINY) if bounded else torch.zeros_like(loss)
     norms = (total.squared_norm * total.previous_squared).sqrt()
-    loss, alpha_gradient, alignment_norm = total.sums.loss, total.sums.alpha_gradient, total.sums.alignment_norm
-    return Signals(loss / count, alpha_gradient / count, alignment_norm / count, total.product, norms), usable
+    return Signals(loss, alpha_gradient, alignment_norm, polyak, total.product, norms), usable
 
 
 def update(settings: keys.Rates, rates: Rates, signals: Signals, usable: Tensor) -> Rates:
@@ -124,23 +132,24 @@ def guarded(config: keys.Config, rates: Rates, total: Total, signals: Signals,
 
 
 def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
-    tiny = torch.finfo(torch.float64).tiny
     count = rates.count + 1
-    alpha_signal = -signals.alpha_gradient / signals.alignment_norm.clamp(min=tiny)
+    alpha_signal = -signals.alpha_gradient / signals.alignment_norm.clamp(min=TINY)
     # Successive meta-gradients oppose each other slightly at every useful beta, because each sees the last one's noise
     # (short-horizon bias); only opposition beyond `tolerance` says that theta overshoots.
-    beta_signal = signals.product / signals.norms.clamp(min=tiny) + settings.tolerance
+    beta_signal = signals.product / signals.norms.clamp(min=TINY) + settings.tolerance
 
     alpha_mean, alpha_square, alpha_step = _moments(rates.alpha_mean, rates.alpha_square, alpha_signal, count)
     beta_mean, beta_square, beta_step = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
     # Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
     # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise. What is
-    # far too large at the start bends theta's first steps, the longest, for good.
-    reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=tiny)
+    # far too large at the start bends theta's first steps, the longest, for good. beta starts where the trust region takes
+    # over: a climb would use up the steps in which it is open.
+    reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=TINY)
     lift = torch.where(reach > 0, REACH / reach, 1.0).clamp(min=1.0)
     cut = torch.where(count == 1, FIRST_REACH / reach, 1.0).clamp(max=1.0)
     alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * lift * cut
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
+    beta = torch.where(count == 1, torch.maximum(beta, signals.polyak), beta)
     bounds = (settings.minimum, settings.maximum)
     return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)
 
