@@ -104,6 +104,13 @@ def test_a_store_that_is_away_at_the_start_gets_everything_once_it_is_there(tmp_
         server.kill()
 
 
+def test_a_record_that_is_missing_is_said_in_one_line(tmp_path: Path):
+    folder = tmp_path / "run"
+    succeed(*QUICK, "--run_dir", folder, "--iterations", 2)
+    (folder / "metrics.jsonl").unlink()
+    assert str(folder / "metrics.jsonl") in wrong("sync", "--run_dir", folder)
+
+
 def test_a_trainer_killed_outright_still_gets_its_points_and_status(tmp_path: Path, background):
     folder = tmp_path / "run"
     process = background(*QUICK, "--run_dir", folder, "--iterations", 100_000)

@@ -24,7 +24,7 @@ from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.errors import InputError, say
+from data.errors import InputError, reading, say
 from trainer import checkpoint, comparison, spool
 from trainer.config import build, flat_values
 from trainer.keys import Config, storage
@@ -77,7 +77,9 @@ class Sender:
 def read_state(run_dir: Path) -> dict:
     """What the sender remembers of a run, {} before it has begun; raises InputError where that is damaged."""
     state = spool.read_json(run_dir / STATE)
-    offset, size = state.get("offset", 0), (run_dir / spool.METRICS).stat().st_size if state.get("offset") else 0
+    offset = state.get("offset", 0)
+    with reading("run_dir"):
+        size = (run_dir / spool.METRICS).stat().st_size if offset else 0
     if type(offset) is not int or not 0 <= offset <= size or \
             any(not isinstance(state.get(name, ""), str) for name in ("run_id", "experiment_id")):
         raise InputError(f"run_dir: {run_dir / STATE} is damaged, or of another run; remove it, and alpha-maml sync makes a "
