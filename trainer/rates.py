@@ -23,8 +23,7 @@ MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
 FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size moves a rate slowly
 WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
 CUT = 2.0  # and alpha divided by this
-REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order
-FIRST_REACH = 1.0  # and the most it may claim to change before anything is learned, as Polyak's step size does
+REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order, and that it starts with
 TINY = torch.finfo(torch.float64).tiny
 LARGEST = 1e30  # a rate or a step of theta above this is as good as infinite: float32 ends at 3e38
 
@@ -141,13 +140,13 @@ def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
     alpha_mean, alpha_square, alpha_step = _moments(rates.alpha_mean, rates.alpha_square, alpha_signal, count)
     beta_mean, beta_square, beta_step = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
     # Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
-    # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise. What is
-    # far too large at the start bends theta's first steps, the longest, for good. beta starts where the trust region takes
-    # over: a climb would use up the steps in which it is open.
+    # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise. An
+    # alpha too large at the start would bend theta's first steps, the longest, for good. beta starts where the trust region
+    # takes over: a climb would use up the steps in which it is open.
     reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=TINY)
-    lift = torch.where(reach > 0, REACH / reach, 1.0).clamp(min=1.0)
-    cut = torch.where(count == 1, FIRST_REACH / reach, 1.0).clamp(max=1.0)
-    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * lift * cut
+    missing = torch.where(reach > 0, REACH / reach, 1.0)
+    missing = torch.where(count == 1, missing, missing.clamp(min=1.0))
+    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * missing
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
     beta = torch.where(count == 1, torch.maximum(beta, signals.polyak), beta)
     bounds = (settings.minimum, settings.maximum)
