@@ -29,6 +29,8 @@ COLUMNS = 2**18  # numbers in a task's columns up to which a CPU is faster with 
 DIRECT = 5e6  # multiply-adds of a task from which a CPU is faster with torch's convolution than with summing columns into dx
 PARTS = 8  # in which a GPU takes the sum over a first layer's positions
 BLOCK = 2**18  # elements that a pass over memory takes at a time on a CPU: what stays in its cache for the next pass
+# torch's float32 products are MKL's, which on AMD's processors leaves AVX-512 alone: half the rate of oneDNN's.
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def positions(size: int, stride: int) -> int:
@@ -38,10 +40,6 @@ def positions(size: int, stride: int) -> int:
 def shared(weight: Tensor) -> bool:
     """Whether all tasks have the same weight: theta itself, expanded."""
     return weight.stride(0) == 0
-
-
-# torch's float32 products are MKL's, which on AMD's processors leaves AVX-512 alone: half the rate of oneDNN's.
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
@@ -92,13 +90,20 @@ def _each_task(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]
         yield from zip(*tensors, weight)
 
 
+def _by_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype is torch.float32 and ONEDNN is not None
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] times b [k, l]."""
+    return ONEDNN(a, b.mT, None, "none", [], "") if _by_onednn(a) else a @ b
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [T, m, k] times b [T, k, l]; one large product where all tasks share b."""
-    if a.device.type != "cpu" or a.dtype is not torch.float32 or _onednn is None:
-        return (a.flatten(0, 1) @ b[0]).unflatten(0, a.shape[:2]) if shared(b) else torch.bmm(a, b)
     if shared(b):
-        return _onednn(a.flatten(0, 1), b[0].mT, None, "none", [], "").unflatten(0, a.shape[:2])
-    return torch.stack([_onednn(a_t, b_t.mT, None, "none", [], "") for a_t, b_t in zip(a, b)])
+        return _times(a.flatten(0, 1), b[0]).unflatten(0, a.shape[:2])
+    return torch.stack([_times(*task) for task in zip(a, b)]) if _by_onednn(a) else torch.bmm(a, b)
 
 
 def product(source: Tensor, weight: Tensor, z_shape: torch.Size, stride: int, columns: bool) -> Tensor:

@@ -141,13 +141,13 @@ def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
     beta_mean, beta_square, beta_step = _moments(rates.beta_mean, rates.beta_square, beta_signal, count)
     # Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
     # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise. An
-    # alpha too large at the start would bend theta's first steps, the longest, for good. beta starts where the trust region
-    # takes over: a climb would use up the steps in which it is open.
+    # alpha too large at the start would bend theta's first steps, the longest, for good.
     reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=TINY)
-    missing = torch.where(reach > 0, REACH / reach, 1.0)
-    missing = torch.where(count == 1, missing, missing.clamp(min=1.0))
-    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * missing
+    scale = torch.where(reach > 0, REACH / reach, 1.0)
+    scale = torch.where(count == 1, scale, scale.clamp(min=1.0))
+    alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * scale
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
+    # beta starts where the trust region takes over: a climb would use up the steps in which it is open.
     beta = torch.where(count == 1, torch.maximum(beta, signals.polyak), beta)
     bounds = (settings.minimum, settings.maximum)
     return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)
