@@ -13,9 +13,10 @@ from data.errors import InputError
 from data.imported import imported, reason
 from models.checks import check
 from models.functional import compiled, for_each_step, function, skeleton
+from models.native import enabled as natively
 from models.norm import calibrate
 
-__all__ = ["build", "calibrate", "check", "compiled", "for_each_step", "function", "skeleton"]
+__all__ = ["build", "calibrate", "check", "compiled", "for_each_step", "function", "natively", "skeleton"]
 
 SHIPPED = {"mlp": "models.mlp:MLP", "conv4": "models.conv4:Conv4", "resnet12": "models.resnet12:ResNet12"}
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import native
 from models.convolution import Convolution, NormRelu
 from models.norm import Norm
 
@@ -63,6 +64,7 @@ class Conv4(nn.Module):
         nn.init.zeros_(self.head.bias)
         if norm != "batch":
             self.forward_tasks = None
+        self.native = False if norm == "batch" and channels % native.CHANNELS == 0 else None  # None: it cannot be
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
@@ -74,6 +76,9 @@ class Conv4(nn.Module):
         x = x.movedim(2, -1)
         for i, block in enumerate(self.blocks):
             weight, gain, shift = (params[f"blocks.{i}.{name}"] for name in ("conv.weight", "norm.weight", "norm.bias"))
+            if self.native:
+                x = native.block(x, weight, gain, shift, block.conv.stride, self.pooled)
+                continue
             x = NormRelu.apply(Convolution.apply(x, weight, block.conv.stride), gain, shift)
             x = _max_pool(x) if self.pooled else x
         x = x.movedim(-1, 2).flatten(2) if self.pooled else x.mean((2, 3))

@@ -158,8 +158,9 @@ class Config:
     precision: Literal["float32", "tf32", "float64"] = key(
         "float32", "of theta and of every product on the way to it; tf32 is float32 whose products a GPU rounds to 10 bits: "
         "faster, gradients 1 or 2 % off")
-    compile: bool = key(False, "the meta-gradient as one graph of torch.compile: a minute at the first start, kept for later "
-                        "ones; for models without forward_tasks, and small ones")
+    compile: bool | None = key(
+        None, "true: on a CPU conv4's blocks as native code, of all else the meta-gradient as one graph of torch.compile; a "
+        "minute at the first start, kept for later ones. null: native code where there is a C++ compiler, no graph")
     capture: bool | None = key(None, "on a GPU the whole iteration as one CUDA graph; null is wherever that can be")
     on_nonfinite: Literal["skip", "halve", "stop"] = key(
         "skip", "an iteration whose loss, gradient or step is not finite never moves theta; skip: rule adaptive halves alpha; "

@@ -140,13 +140,15 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
     apply_tasks = forward_tasks = getattr(skeleton, "forward_tasks", None)
     chunk = task.chunk
     inputs = task.ways * (task.shots + task.queries) * math.prod(source.input_shape)
-    if config.model.randomness != "error" or config.compile:
+    native = world.device.type == "cpu" and config.compile is not False and models.natively(skeleton, config.compile is True)
+    graph = bool(config.compile) and not native
+    if config.model.randomness != "error" or graph:
         forward_tasks = None  # only vmap can tell tasks' draws apart, and be one graph
     elif forward_tasks is None and world.device.type == "cpu" and inputs > VMAP_INPUTS:
         forward_tasks, chunk = one_task(train_apply), 1
     draw_seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
     theta = dict(model.named_parameters())
-    way = models.compiled(each_task, sizes.count()) if config.compile else each_task
+    way = models.compiled(each_task, sizes.count()) if graph else each_task
     problem = Problem(config, world, source, apply, train_apply, indices, dtype, apply_tasks, forward_tasks, way, chunk,
                       inner.chosen(theta, config.inner.adapts, per_step), draw_seed, per_step)
     alpha = inner.alpha_sizes(problem.inner(0), theta)

@@ -309,8 +309,8 @@ def one_task(apply: Apply) -> Apply:
 def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks: TaskBatch, loop: InnerLoop, chunk: int = 0,
                   forward_tasks: Apply | None = None, each_task: Callable[..., MetaGradient] = each_task) -> MetaGradient:
     """The sums over a shard of T tasks, `chunk` of them at a time, which bounds the memory (0: all at once on a GPU, on a CPU
-    as many as CHUNK_INPUTS says). `loop.recompute` computes inner steps anew in the backward sweep instead of keeping their
-    graphs: the same numbers, memory that hardly grows with the steps, for more time.
+    as many as CHUNK_INPUTS says, and one for each thread). `loop.recompute` computes inner steps anew in the backward sweep
+    instead of keeping their graphs: the same numbers, memory that hardly grows with the steps, for more time.
 
     Without `forward_tasks` each task is differentiated inside vmap, by `each_task` or that function compiled: differentiating
     through vmap gives wrong second derivatives with normalisation layers on current torch. `alpha` is of theta's dtype and of
@@ -326,7 +326,7 @@ def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks:
     size = len(tasks.support_x)
     if chunk == 0:
         inputs = (tasks.support_x.numel() + tasks.query_x.numel()) // size
-        chunk = max(1, CHUNK_INPUTS // inputs) if tasks.support_x.device.type == "cpu" else size
+        chunk = max(torch.get_num_threads(), CHUNK_INPUTS // inputs) if tasks.support_x.device.type == "cpu" else size
     total = None
     for start in range(0, size, chunk):
         if loop.randomness != "error":

@@ -110,17 +110,17 @@ def compare(title: str, setting: tuple[int, ...], names: list[str], rounds: int,
             contender.ready(90)
         working = interleaved(contenders, rounds)
         best = min((c.median() for c in working if c.name in LIBRARIES), default=float("nan"))
-        print(f"\n{title}\n  {'':16} tasks/s  ratio  slowest..fastest  peak MiB  gradient (float64) differs by"
+        print(f"\n{title}\n  {'':26} tasks/s  ratio  slowest..fastest  peak MiB  gradient (float64) differs by"
               + ", as timed by" * (device == "cuda"), flush=True)
         for c in contenders:
             if c.error:
-                print(f"  {c.name:16} failed: {c.error}")
+                print(f"  {c.name:26} failed: {c.error}")
                 continue
             rates, ours = sorted(setting[0] / s for s in c.seconds), gradients["ours"]
             errors = [difference(gradients[c.name], ours)]
             if device == "cuda":
                 errors.append(difference(gradients[c.name].with_suffix(".timed.npz"), ours.with_suffix(".exact.npz")))
-            print(f"  {c.name:16} {setting[0] / c.median():7.1f} {best / c.median():6.2f}  "
+            print(f"  {c.name:26} {setting[0] / c.median():7.1f} {best / c.median():6.2f}  "
                   f"{rates[0]:7.1f}..{rates[-1]:<8.1f} {c.memory:8.0f}  " + "  ".join(f"{e:.1e}" for e in errors), flush=True)
     return {c.name: c for c in working}
 

@@ -94,8 +94,10 @@ class Problem:
         return zip(*self.tasks)
 
 
-def ours(problem: Problem) -> Callable[[], Gradient]:
-    """trainer.maml, its shard of the tasks, and the sum over ranks."""
+def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
+    """trainer.maml, its shard of the tasks, and the sum over ranks; on a CPU as it runs where there is a compiler."""
+    if native and problem.tasks.support_x.device.type == "cpu":
+        models.natively(problem.model, needed=True)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tasks = TaskBatch(*(x.tensor_split(size)[rank] for x in problem.tasks))
     alpha = tasks.support_x.new_tensor(ALPHA)
@@ -160,7 +162,7 @@ def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
 
 
 def ours_compiled(problem: Problem) -> Callable[[], Gradient]:
-    """The same as one graph of torch.compile (the key `compile`)."""
+    """The same as one graph of torch.compile (`compile: true`)."""
     alpha = problem.tasks.support_x.new_tensor(ALPHA)
     apply, way = models.function(problem.model, training=True), models.compiled(each_task)
     return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, problem.tasks,
@@ -302,8 +304,9 @@ def jax(problem: Problem, precision: str | None = "highest") -> Callable[[], Gra
 
 
 CONTENDERS = {"ours": ours, "ours, captured": lambda problem: captured(ours(problem)), "ours, tf32": ours_tf32,
-              "ours, bf16": ours_bf16, "ours, 2 ranks": ours, "ours, any model": ours_any_model,
-              "ours, compiled": ours_compiled, "learn2learn": learn2learn,
+              "ours, bf16": ours_bf16, "ours, 2 ranks": ours, "ours, uncompiled": lambda problem: ours(problem, native=False),
+              "ours, uncompiled, 2 ranks": lambda problem: ours(problem, native=False), "ours, any model": ours_any_model,
+              "ours, any model compiled": ours_compiled, "learn2learn": learn2learn,
               "higher": higher, "TorchOpt": torchopt, "loop": loop, "vmap": vmapped, "JAX": jax,
               "JAX, tf32": lambda problem: jax(problem, None)}
 

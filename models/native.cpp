@@ -1,0 +1,584 @@
+// One block of models/conv4.py, convolution, batch normalisation, ReLU and maybe 2 x 2 max pooling, of many tasks at once, and its first
+// and second derivatives: the formulas of models/convolution.py, a task at a time, so that what one pass writes the next finds in
+// the cache. models/native.py compiles and calls it.
+//
+//   x [n, h, w, C]   weight [O, 3, 3, C]   z [n, h', w', O]   a [n, h', w', O], or pooled [n, h'/2, w'/2, O]
+//
+// O is a multiple of a vector. So is C, or else x is data of few colours, of which no derivative is wanted.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, WIDE = 4;  // of a vector; vectors in a tile's row
+#elif defined(__AVX2__)
+constexpr int BYTES = 32, WIDE = 2;
+#else
+constexpr int BYTES = 16, WIDE = 4;
+#endif
+constexpr int IMAGES = 6;  // in a tile: with WIDE vectors of outputs each, as many sums as there are registers
+constexpr int PAIRS = 72;  // rows of dz and of x that stay in the first cache while all their products are summed
+
+namespace {
+
+template <class T> struct Vector {
+    typedef T type __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+};
+template <class T> using V = typename Vector<T>::type;
+template <class T> using Mask = decltype(V<T>{} > V<T>{});
+template <class T> constexpr int LANES = BYTES / sizeof(T);
+
+template <class T> inline V<T> load(const T* p) { return *reinterpret_cast<const V<T>*>(p); }
+template <class T> inline void store(T* p, V<T> v) { *reinterpret_cast<V<T>*>(p) = v; }
+template <class T> inline void add(T* p, V<T> v) { store(p, load(p) + v); }
+template <class T> inline V<T> every(T value) { return value - V<T>{}; }
+
+// Vectors in a tile's row of `size` numbers: the most, up to WIDE, that divide it.
+template <class T> int vectors(long size) {
+    int count = WIDE;
+    while (size % (count * LANES<T>)) count--;
+    return count;
+}
+
+// Memory that begins where a vector does: one across two lines of the cache costs twice.
+template <class T> class Memory {
+    T* at = nullptr;
+    size_t size = 0;
+
+  public:
+    Memory() = default;
+    Memory(const Memory&) = delete;
+    ~Memory() { std::free(at); }
+    T* room(size_t wanted) {
+        if (wanted > size) {
+            std::free(at);
+            size = (wanted + LANES<T> - 1) / LANES<T> * LANES<T>;
+            at = static_cast<T*>(std::aligned_alloc(BYTES, size * sizeof(T)));
+        }
+        return at;
+    }
+};
+
+struct Shape {
+    long n, h, w, C, rows, cols, O;  // x [n, h, w, C], z [n, rows, cols, O]
+    int stride;
+    bool pooled;
+    long positions() const { return n * rows * cols; }
+    long image() const { return h * w * C; }
+    long z_image() const { return rows * cols * O; }
+};
+
+// The convolution's three products are sums over the taps of its window.
+
+// Where an output's input lies in x, tap by tap; -1 on the border. Few colours: x has its border around it (`bordered`), and a tap is a
+// whole row of the window.
+struct Wide {
+    const Shape& s;
+    explicit Wide(const Shape& s) : s(s) {}
+    static constexpr int TAPS = 9;
+    long K() const { return s.C; }
+    long image() const { return s.image(); }
+    long input(long row, long col, int tap) const {
+        const long y = row * s.stride + tap / 3 - 1, x = col * s.stride + tap % 3 - 1;
+        return y < 0 || y >= s.h || x < 0 || x >= s.w ? -1 : (y * s.w + x) * s.C;
+    }
+};
+struct Few {
+    const Shape& s;
+    explicit Few(const Shape& s) : s(s) {}
+    static constexpr int TAPS = 3;
+    long K() const { return 3 * s.C; }
+    long image() const { return (s.h + 2) * (s.w + 2) * s.C; }
+    long input(long row, long col, int tap) const { return ((row * s.stride + tap) * (s.w + 2) + col * s.stride) * s.C; }
+};
+
+template <class T> struct Pair {
+    const T *a, *b;
+};
+
+// out[i, :] = sum over taps and k of a[i, k] b[k, :], for M images whose parts lie `apart`.
+template <class T, int M, int NV>
+void tile(const Pair<T>* taps, int count, long apart, long K, long ldb, T* out, long out_apart) {
+    V<T> sums[M][NV] = {};
+    for (int t = 0; t < count; t++) {
+        const T *a = taps[t].a, *b = taps[t].b;
+        for (long k = 0; k < K; k++, b += ldb) {
+            V<T> right[NV];
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) right[j] = load(b + j * LANES<T>);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; i++) {
+                const V<T> left = every(a[i * apart + k]);
+#pragma GCC unroll 8
+                for (int j = 0; j < NV; j++) sums[i][j] += left * right[j];
+            }
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < NV; j++) store(out + i * out_apart + j * LANES<T>, sums[i][j]);
+}
+
+template <class T> using Tile = void (*)(const Pair<T>*, int, long, long, long, T*, long);
+
+template <class T, int NV> Tile<T> tile_of(long images) {
+    switch (images) {
+        case 1: return tile<T, 1, NV>;
+        case 2: return tile<T, 2, NV>;
+        case 3: return tile<T, 3, NV>;
+        case 4: return tile<T, 4, NV>;
+        case 5: return tile<T, 5, NV>;
+        default: return tile<T, 6, NV>;
+    }
+}
+
+template <class T> Tile<T> tile_of(long images, int wide) {
+    switch (wide) {
+        case 4: return tile_of<T, 4>(images);
+        case 3: return tile_of<T, 3>(images);
+        case 2: return tile_of<T, 2>(images);
+        default: return tile_of<T, 1>(images);
+    }
+}
+
+// A tile holds one position of several images: all have the same taps there, and those on the border cost nothing.
+// done(image, row) follows as soon as all of a row's outputs stand there.
+template <class T, class F, class G>
+void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long width, T* out, F taps_at, G done) {
+    const long groups = (n + IMAGES - 1) / IMAGES;
+    const int wide = vectors<T>(width);
+    for (long g = 0; g < groups; g++) {
+        const long first = g * n / groups;
+        const long next = (g + 1) * n / groups;
+        const Tile<T> sum = tile_of<T>(next - first, wide);
+        for (long row = 0; row < rows; row++) {
+            for (long col = 0; col < cols; col++) {
+                Pair<T> taps[18];
+                const int count = taps_at(row, col, taps);
+                for (int t = 0; t < count; t++) taps[t].a += first * apart;
+                T* to = out + ((first * rows + row) * cols + col) * width;
+                for (long column = 0; column < width; column += wide * LANES<T>) {
+                    sum(taps, count, apart, K, ldb, to + column, rows * cols * width);
+                    for (int t = 0; t < count; t++) taps[t].b += wide * LANES<T>;
+                }
+            }
+            for (long i = first; i < next; i++) done(i, row);
+        }
+    }
+}
+
+// z = sum over pairs of x with a weight that is turned, [3, 3, C, O].
+template <class T, class In, class G> void product(const Shape& s, const Pair<T>* pairs, int count, T* z, G done) {
+    const In in(s);
+    by_tiles<T>(s.n, s.rows, s.cols, in.image(), in.K(), s.O, s.O, z, [&](long row, long col, Pair<T>* taps) {
+        int held = 0;
+        for (int p = 0; p < count; p++)
+            for (int t = 0; t < In::TAPS; t++) {
+                const long at = in.input(row, col, t);
+                if (at >= 0) taps[held++] = {pairs[p].a + at, pairs[p].b + t * in.K() * s.O};
+            }
+        return held;
+    }, done);
+}
+
+// dx = sum over pairs of dz with a weight.
+template <class T> void product_on_x(const Shape& s, const Pair<T>* pairs, int count, T* dx) {
+    by_tiles<T>(s.n, s.h, s.w, s.z_image(), s.O, 9 * s.C, s.C, dx, [&](long y, long x, Pair<T>* taps) {
+        int held = 0;
+        for (int p = 0; p < count; p++)
+            for (int t = 0; t < 9; t++) {
+                const long row = y + 1 - t / 3, col = x + 1 - t % 3;
+                if (row < 0 || col < 0 || row % s.stride || col % s.stride) continue;
+                if (row / s.stride >= s.rows || col / s.stride >= s.cols) continue;
+                taps[held++] = {pairs[p].a + (row / s.stride * s.cols + col / s.stride) * s.O, pairs[p].b + t * s.C};
+            }
+        return held;
+    }, [](long, long) {});
+}
+
+// weight[i, :] += sum over pairs of a[i] b[:], i < M.
+template <class T, int M, int NV> void outer(const Pair<T>* pairs, int count, long i0, long j0, T* weight, long apart) {
+    V<T> sums[M][NV];
+#pragma GCC unroll 9
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) sums[i][j] = load(weight + (i0 + i) * apart + j0 + j * LANES<T>);
+    for (int p = 0; p < count; p++) {
+        const T *a = pairs[p].a + i0, *b = pairs[p].b + j0;
+        V<T> right[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) right[j] = load(b + j * LANES<T>);
+#pragma GCC unroll 9
+        for (int i = 0; i < M; i++) {
+            const V<T> left = every(a[i]);
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) sums[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 9
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) store(weight + (i0 + i) * apart + j0 + j * LANES<T>, sums[i][j]);
+}
+
+template <class T, int M, int NV> void outers(const Pair<T>* pairs, int count, long height, long width, T* weight, long apart) {
+    for (long j = 0; j < width; j += NV * LANES<T>)
+        for (long i = 0; i < height; i += M) outer<T, M, NV>(pairs, count, i, j, weight, apart);
+}
+
+// weight [height, width], rows `apart`: += sum over pairs of a [height] with b [width].
+template <class T> void outers(const Pair<T>* pairs, int count, long height, long width, T* weight, long apart) {
+    const bool thirds = height % 4 != 0;  // 3 C of few colours
+    switch (vectors<T>(width)) {
+        case 4: return (thirds ? outers<T, 3, 4> : outers<T, 4, 4>)(pairs, count, height, width, weight, apart);
+        case 3: return (thirds ? outers<T, 3, 3> : outers<T, 4, 3>)(pairs, count, height, width, weight, apart);
+        case 2: return (thirds ? height % 9 ? outers<T, 3, 2> : outers<T, 9, 2> : outers<T, 8, 2>)(pairs, count, height, width, weight, apart);
+        default: return (thirds ? height % 9 ? outers<T, 3, 1> : outers<T, 9, 1> : outers<T, 8, 1>)(pairs, count, height, width, weight, apart);
+    }
+}
+
+// d weight = sum over pairs of dz with x: [O, 3, 3, C]; of few colours turned, [3, 3, C, O], since a vector is too wide for C.
+template <class T, class In> void product_on_weight(const Shape& s, const Pair<T>* pairs, int count, T* dweight, std::vector<Pair<T>>& lines) {
+    constexpr bool TURNED = std::is_same<In, Few>::value;
+    const In in(s);
+    const long K = in.K(), size = In::TAPS * K * s.O, step = std::max(1L, PAIRS / (s.n * s.cols));
+    std::fill(dweight, dweight + size, T(0));
+    lines.resize(step * s.n * s.cols);
+    for (int p = 0; p < count; p++)
+        for (long first = 0; first < s.rows; first += step)  // what fits the second cache, for all taps
+            for (int t = 0; t < In::TAPS; t++) {
+                long held = 0;
+                for (long row = first; row < std::min(first + step, s.rows); row++)
+                    for (long i = 0; i < s.n; i++)
+                        for (long col = 0; col < s.cols; col++) {
+                            const long at = in.input(row, col, t);
+                            if (at < 0) continue;
+                            const T *dz = pairs[p].a + ((i * s.rows + row) * s.cols + col) * s.O, *x = pairs[p].b + i * in.image() + at;
+                            lines[held++] = TURNED ? Pair<T>{x, dz} : Pair<T>{dz, x};
+                        }
+                for (long part = 0, parts = (held + PAIRS - 1) / PAIRS; part < parts; part++) {
+                    const long begin = part * held / parts, end = (part + 1) * held / parts;
+                    if (TURNED)
+                        outers(&lines[begin], end - begin, K, s.O, dweight + t * K * s.O, s.O);
+                    else
+                        outers(&lines[begin], end - begin, s.O, K, dweight + t * K, In::TAPS * K);
+                }
+            }
+}
+
+// A square of vectors, turned: in each round every vector swaps every other block of so many lanes with its partner.
+template <class T> inline void turn(V<T>* rows) {
+    constexpr int L = LANES<T>;
+    typedef Mask<T> Lanes;
+#pragma GCC unroll 4
+    for (int size = 1; size < L; size *= 2) {
+        Lanes low, high;
+        for (int k = 0; k < L; k++) {
+            low[k] = k & size ? L + k - size : k;
+            high[k] = k & size ? L + k : k + size;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++)
+            if (!(i & size)) {
+                const V<T> a = rows[i], b = rows[i + size];
+                rows[i] = __builtin_shuffle(a, b, low), rows[i + size] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
+// From [height, width] to [width, height]; one of them is a multiple of a vector, the other may end in a part of one.
+template <class T> void turn(const T* from, long height, long width, T* to) {
+    constexpr long L = LANES<T>;
+    for (long i = 0; i < height; i += L)
+        for (long j = 0; j < width; j += L) {
+            if (i + L > height || j + L > width) {
+                for (long k = i; k < std::min(i + L, height); k++)
+                    for (long l = j; l < std::min(j + L, width); l++) to[l * height + k] = from[k * width + l];
+                continue;
+            }
+            V<T> rows[L];
+            for (long k = 0; k < L; k++) rows[k] = load(from + (i + k) * width + j);
+            turn<T>(rows);
+            for (long k = 0; k < L; k++) store(to + (j + k) * height + i, rows[k]);
+        }
+}
+
+// A thread's memory.
+template <class T> struct Work {
+    Memory<T> bordered, turned, other_turned, dz, sums;
+    std::vector<Pair<T>> lines;
+};
+
+// A convolution that knows whether its input has few colours. `x` as `seen` gave it, weights turned where they meet x.
+template <class T> struct Convolution {
+    const Shape& s;
+    bool few = s.C % LANES<T> != 0;
+
+    const T* seen(const T* x, Work<T>& work) const {
+        if (!few) return x;
+        const long line = (s.w + 2) * s.C;
+        T* to = work.bordered.room(s.n * (s.h + 2) * line);
+        std::fill(to, to + s.n * (s.h + 2) * line, T(0));
+        for (long i = 0; i < s.n; i++)
+            for (long y = 0; y < s.h; y++) std::copy_n(x + (i * s.h + y) * s.w * s.C, s.w * s.C, to + (i * (s.h + 2) + y + 1) * line + s.C);
+        return to;
+    }
+    const T* turned(const T* weight, Memory<T>& memory) const {
+        T* to = memory.room(9 * s.C * s.O);
+        turn(weight, s.O, 9 * s.C, to);
+        return to;
+    }
+    template <class G> void z(const Pair<T>* pairs, int count, T* z, G done) const {
+        few ? product<T, Few>(s, pairs, count, z, done) : product<T, Wide>(s, pairs, count, z, done);
+    }
+    void on_weight(const Pair<T>* pairs, int count, T* dweight, Work<T>& work) const {
+        if (!few) return product_on_weight<T, Wide>(s, pairs, count, dweight, work.lines);
+        T* turned = work.turned.room(9 * s.C * s.O);
+        product_on_weight<T, Few>(s, pairs, count, turned, work.lines);
+        turn(turned, 9 * s.C, s.O, dweight);
+    }
+};
+
+// One task's block: a = relu(y), pooled or not, y = gain zh + shift, zh = scale (z - mean).
+template <class T> struct Task {
+    const T *x, *weight, *gain, *shift;
+    T *a, *z, *mean, *scale;
+    V<T> zh(long at, long c) const { return (load(z + at) - load(mean + c)) * load(scale + c); }
+    V<T> y(long at, long c) const { return load(gain + c) * zh(at, c) + load(shift + c); }
+};
+
+// The outputs of a band of positions, band = 0, 1, ... < bands: f(M, at, through, p, c) for each vector of an output. at[M]: where its
+// positions lie in z, through[M]: whether da reaches them, p: where the output lies in a, -1 for what pooling leaves out, c: its channel.
+inline long bands(const Shape& s) { return s.n * (s.pooled ? (s.rows + 1) / 2 : s.rows); }
+
+template <class T, class F> inline void band(const Shape& s, const Task<T>& t, long band, F f) {
+    const long O = s.O;
+    if (!s.pooled) {
+        for (long p = band * s.cols; p < (band + 1) * s.cols; p++)
+            for (long c = 0; c < O; c += LANES<T>) {
+                const long at = p * O + c;
+                const Mask<T> through = t.y(at, c) > 0;
+                f(std::integral_constant<int, 1>(), &at, &through, at, c);
+            }
+        return;
+    }
+    const long half = (s.rows + 1) / 2, image = band / half, row = band % half, cols = s.cols / 2;
+    const long start = (image * s.rows + 2 * row) * s.cols;
+    const bool whole = 2 * row + 1 < s.rows;
+    const Mask<T> nothing = {};
+    auto left_out = [&](long position) {
+        for (long c = 0; c < O; c += LANES<T>) {
+            const long at = position * O + c;
+            f(std::integral_constant<int, 1>(), &at, &nothing, -1, c);
+        }
+    };
+    if (whole)
+        for (long col = 0; col < cols; col++)
+            for (long c = 0; c < O; c += LANES<T>) {
+                const long corner = (start + 2 * col) * O + c, at[4] = {corner, corner + O, corner + s.cols * O, corner + (s.cols + 1) * O};
+                V<T> values[4], best = {};
+                for (int k = 0; k < 4; k++) {
+                    values[k] = t.y(at[k], c);
+                    best = values[k] > best ? values[k] : best;
+                }
+                Mask<T> left = best > 0, through[4];  // the first maximum, if it is positive
+                for (int k = 0; k < 4; k++) through[k] = left & (values[k] == best), left &= ~through[k];
+                f(std::integral_constant<int, 4>(), at, through, ((image * (s.rows / 2) + row) * cols + col) * O + c, c);
+            }
+    for (long col = whole ? 2 * cols : 0; col < s.cols; col++) {
+        left_out(start + col);
+        if (whole) left_out(start + s.cols + col);
+    }
+}
+
+// The band that is whole once an image's row is, or -1.
+inline long whole_band(const Shape& s, long image, long row) {
+    if (!s.pooled) return image * s.rows + row;
+    return row % 2 || row == s.rows - 1 ? image * ((s.rows + 1) / 2) + row / 2 : -1;
+}
+
+// sums [S, O] += those of a band's outputs, which are summed by themselves first, so that rounding does not grow with their number.
+// f as above, with S sums [O] behind the others.
+template <class T, int S, class F> void add_sums(const Shape& s, const Task<T>& t, long b, T* sums, T* part, F f) {
+    std::fill(part, part + S * s.O, T(0));
+    band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) { f(M, at, through, p, c, part + c); });
+    for (long c = 0; c < S * s.O; c += LANES<T>) add(sums + c, load(part + c));
+}
+
+// Mean and squares off it of so many more positions, joined to those of `before` (Chan, Golub, LeVeque 1983).
+template <class T> void add_moments(const T* z, long count, long before, long O, T* mean, T* squares) {
+    const T share = T(count) / (before + count);
+    for (long c = 0; c < O; c += LANES<T>) {
+        V<T> sum = {}, square = {};
+        for (long p = 0; p < count; p++) sum += load(z + p * O + c);
+        const V<T> own = sum / T(count), off = own - load(mean + c);
+        for (long p = 0; p < count; p++) square += (load(z + p * O + c) - own) * (load(z + p * O + c) - own);
+        add(mean + c, off * share);
+        add(squares + c, square + off * off * (before * share));
+    }
+}
+
+template <class T> void forward(const Shape& s, const Task<T>& t, const T* ready, Work<T>& work) {
+    const Convolution<T> convolution{s};
+    const Pair<T> pair{convolution.seen(t.x, work), ready ? ready : convolution.turned(t.weight, work.turned)};
+    const long O = s.O;
+    long before = 0;
+    std::fill(t.mean, t.mean + O, T(0)), std::fill(t.scale, t.scale + O, T(0));
+    convolution.z(&pair, 1, t.z, [&](long image, long row) {
+        add_moments(t.z + (image * s.rows + row) * s.cols * O, s.cols, before, O, t.mean, t.scale);
+        before += s.cols;
+    });
+    for (long c = 0; c < O; c++) t.scale[c] = 1 / std::sqrt(t.scale[c] / s.positions() + T(EPS));
+    for (long b = 0; b < bands(s); b++)
+        band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
+            if (p < 0) return;
+            V<T> a = {};
+            for (int k = 0; k < M; k++) a = through[k] ? t.y(at[k], c) : a;
+            store(t.a + p, a);
+        });
+}
+
+// dz = gain scale (dy - mean(dy) - zh mean(dy zh)), and what else there is of it.
+template <class T>
+void to_dz(const Shape& s, const Task<T>& t, const T* da, const T* dgain, const T* dshift, const T* more, T* dz) {
+    const V<T> share = every(T(1) / s.positions());
+    for (long b = 0; b < bands(s); b++)
+        band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
+            const V<T> zero = {}, da_p = p < 0 ? zero : load(da + p);
+            for (int k = 0; k < M; k++) {
+                const V<T> inner = (through[k] ? da_p : zero) - share * load(dshift + c) - t.zh(at[k], c) * (share * load(dgain + c));
+                const V<T> own = load(t.gain + c) * load(t.scale + c) * inner;
+                store(dz + at[k], more ? own + load(more + at[k]) : own);
+            }
+        });
+}
+
+template <class T>
+void first(const Shape& s, const Task<T>& t, const T* da, const T* more, T* dx, T* dweight, T* dgain, T* dshift, Work<T>& work) {
+    const Convolution<T> convolution{s};
+    const long O = s.O;
+    T *sums = work.sums.room(4 * O), *dz = work.dz.room(s.positions() * O);
+    std::fill(sums, sums + 2 * O, T(0));
+    for (long b = 0; b < bands(s); b++)
+        add_sums<T, 2>(s, t, b, sums, sums + 2 * O, [&](auto M, const long* at, const Mask<T>* through, long p, long c, T* part) {
+            if (p < 0) return;
+            const V<T> zero = {}, da_p = load(da + p);
+            V<T> one = {}, along = {};
+            for (int k = 0; k < M; k++) {
+                const V<T> dy = through[k] ? da_p : zero;
+                one += dy, along += dy * t.zh(at[k], c);
+            }
+            add(part, one), add(part + O, along);
+        });
+    std::copy_n(sums, O, dshift), std::copy_n(sums + O, O, dgain);
+    to_dz(s, t, da, dgain, dshift, more, dz);
+    const Pair<T> pair{dz, convolution.seen(t.x, work)};
+    convolution.on_weight(&pair, 1, dweight, work);
+    if (dx) {
+        const Pair<T> pair{dz, t.weight};
+        product_on_x(s, &pair, 1, dx);
+    }
+}
+
+template <class T> struct Second {  // cotangents of the first derivative, and what it gave
+    const T *ddx, *ddweight, *ddgain, *ddshift, *da, *dgain, *dshift;
+    T *on_da, *on_x, *on_weight, *on_z, *on_gain;
+};
+
+// norm_second of models/convolution.py, with q for ddz, between the products on both sides. z's other products, on x and on the weight,
+// follow when `first` has the rest of on_z too.
+template <class T> void second(const Shape& s, const Task<T>& t, const Second<T>& d, const T* ready, Work<T>& work) {
+    const Convolution<T> convolution{s};
+    const long count = s.positions(), O = s.O;
+    T *q = d.on_z, *sums = work.sums.room(9 * O);
+    Pair<T> pairs[2] = {{convolution.seen(t.x, work), convolution.turned(d.ddweight, work.other_turned)}};
+    if (d.ddx) {
+        T* dz = work.dz.room(count * O);
+        to_dz<T>(s, t, d.da, d.dgain, d.dshift, nullptr, dz);
+        const Pair<T> on_weight{dz, d.ddx}, on_x{dz, d.ddweight};
+        convolution.on_weight(&on_weight, 1, d.on_weight, work);
+        product_on_x(s, &on_x, 1, d.on_x);
+        pairs[1] = {d.ddx, ready ? ready : convolution.turned(t.weight, work.turned)};
+    }
+    std::fill(sums, sums + 3 * O, T(0));
+    convolution.z(pairs, d.ddx ? 2 : 1, q, [&](long image, long row) {
+        const long b = whole_band(s, image, row);
+        if (b < 0) return;
+        add_sums<T, 3>(s, t, b, sums, sums + 3 * O, [&](auto M, const long* at, const Mask<T>* through, long p, long c, T* part) {
+            const V<T> zero = {}, da = p < 0 ? zero : load(d.da + p);
+            V<T> total = {}, along = {}, inner = {};
+            for (int k = 0; k < M; k++) {
+                const V<T> v = load(q + at[k]);
+                total += v, along += v * t.zh(at[k], c), inner += through[k] ? v * da : zero;
+            }
+            add(part, total), add(part + O, along), add(part + 2 * O, inner);
+        });
+    });
+    const T *total = sums, *along = sums + O, *inner = sums + 2 * O;  // <q, 1>, <q, zh>, <q, dy>
+    // on_dy = slope q + dy0 + dy1 zh and e = e0 q + e1 dy + e2 + e3 zh
+    T *dy0 = sums + 3 * O, *dy1 = sums + 4 * O, *e0 = sums + 5 * O, *e1 = sums + 6 * O, *e2 = sums + 7 * O, *e3 = sums + 8 * O;
+    for (long c = 0; c < O; c++) {
+        const T scale = t.scale[c], slope = t.gain[c] * scale;
+        const T projected = inner[c] - (total[c] * d.dshift[c] + along[c] * d.dgain[c]) / count;  // <P q, dy>
+        d.on_gain[c] = scale * projected;
+        dy0[c] = d.ddshift[c] - slope * total[c] / count;
+        dy1[c] = d.ddgain[c] - slope * along[c] / count;
+        const T u = -slope * d.dgain[c] / count, v = dy1[c];
+        e0[c] = scale * u, e1[c] = scale * v;
+        e2[c] = -scale * (u * total[c] + v * d.dshift[c]) / count;
+        e3[c] = -scale * ((u * along[c] + v * d.dgain[c]) / count + slope * projected / count);
+    }
+    for (long b = 0; b < bands(s); b++)
+        band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
+            const V<T> zero = {}, da = p < 0 ? zero : load(d.da + p);
+            V<T> on_da = {};
+            for (int k = 0; k < M; k++) {
+                const V<T> v = load(q + at[k]), zh = t.zh(at[k], c);
+                const V<T> on_dy = load(t.gain + c) * load(t.scale + c) * v + load(dy0 + c) + load(dy1 + c) * zh;
+                on_da = through[k] ? on_dy : on_da;
+                store(q + at[k], load(e0 + c) * v + load(e1 + c) * (through[k] ? da : zero) + load(e2 + c) + load(e3 + c) * zh);
+            }
+            if (p >= 0) store(d.on_da + p, on_da);
+        });
+}
+
+// What models/native.py passes: sizes and, for each tensor, where it is and how far tasks lie apart in it (0: they share it).
+struct Call {
+    int64_t tasks, threads, pooled, n, h, w, C, O, stride;
+};
+template <class T> struct Tensors {
+    struct One {
+        T* at;
+        int64_t apart;
+        T* of(int64_t task) const { return at ? at + task * apart : nullptr; }
+    } x, weight, gain, shift, a, z, mean, scale, da, dx, dweight, dgain, dshift, ddx, ddweight, ddgain, ddshift, on_da, on_x, on_weight, on_z, on_gain,
+        more;
+};
+
+template <class T> void run(const Call& call, const Tensors<T>& m, int order) {
+    const Shape s{call.n, call.h, call.w, call.C, (call.h - 1) / call.stride + 1, (call.w - 1) / call.stride + 1, call.O, int(call.stride),
+                  call.pooled != 0};
+    Memory<T> memory;
+    const T* ready = order != 1 && m.weight.apart == 0 ? Convolution<T>{s}.turned(m.weight.at, memory) : nullptr;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) if (call.threads > 1 && call.tasks > 1)
+    for (int64_t i = 0; i < call.tasks; i++) {
+        static thread_local Work<T> work;
+        const Task<T> t{m.x.of(i), m.weight.of(i), m.gain.of(i), m.shift.of(i), m.a.of(i), m.z.of(i), m.mean.of(i), m.scale.of(i)};
+        if (order == 0)
+            forward(s, t, ready, work);
+        else if (order == 1)
+            first(s, t, m.da.of(i), m.more.of(i), m.dx.of(i), m.dweight.of(i), m.dgain.of(i), m.dshift.of(i), work);
+        else
+            second(s, t, Second<T>{m.ddx.of(i), m.ddweight.of(i), m.ddgain.of(i), m.ddshift.of(i), m.da.of(i), m.dgain.of(i),
+                   m.dshift.of(i), m.on_da.of(i), m.on_x.of(i), m.on_weight.of(i), m.on_z.of(i), m.on_gain.of(i)}, ready, work);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+void run_float(const Call* call, const Tensors<float>* tensors, int order) { run(*call, *tensors, order); }
+void run_double(const Call* call, const Tensors<double>* tensors, int order) { run(*call, *tensors, order); }
+}

@@ -1,0 +1,171 @@
+"""models.convolution's blocks as native code on a CPU: models/native.cpp, compiled once for each kind of processor.
+
+Each of torch's operations passes over the activations of all tasks; native code takes one task through a whole block, and its
+products leave out what lies on the border (tests/benchmarks/RESULTS.md).
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pooch
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from data.errors import InputError
+from models.norm import EPS
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", f"-DEPS={EPS}")
+CHANNELS = 16  # of which a block's width is a multiple: a vector of any processor
+TENSORS = ("x", "weight", "gain", "shift", "a", "z", "mean", "scale", "da", "dx", "dweight", "dgain", "dshift", "ddx",
+           "ddweight", "ddgain", "ddshift", "on_da", "on_x", "on_weight", "on_z", "on_gain", "more")
+FORWARD, FIRST, SECOND = range(3)
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("tasks", "threads", "pooled", "n", "h", "w", "C", "O", "stride")]
+
+
+class _One(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("apart", ctypes.c_int64)]
+
+
+class _Tensors(ctypes.Structure):
+    _fields_ = [(name, _One) for name in TENSORS]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled code, kept between runs. Raises InputError where there is no compiler."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise InputError(f"compile: true needs a C++ compiler, and there is no {compiler}; install g++, name another in CXX, "
+                         "or leave compile out")
+    # The processor belongs to the name: a home may be shared by machines of several kinds.
+    made_of = (SOURCE.read_bytes(), *(x.encode() for x in (*FLAGS, compiler, _processor())))
+    path = Path(pooch.os_cache("alpha-maml")) / f"native-{hashlib.sha256(b' '.join(made_of)).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
+            made = Path(file.name)
+        result = subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True)
+        if result.returncode != 0:
+            made.unlink()
+            said = (result.stderr.strip().splitlines() or ["it does not say why"])[0]
+            raise InputError(f"compile: true: {compiler} cannot compile {SOURCE.name} ({said}); name another in CXX, or "
+                             "leave compile out")
+        made.replace(path)  # several processes may arrive here: each leaves a whole file
+    return ctypes.CDLL(str(path))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def enabled(model: nn.Module, needed: bool) -> bool:
+    """Whether the model's `forward_tasks` is native code from now on: where it can be, and a compiler is at hand. Raises
+    InputError where that is `needed` and there is none."""
+    if getattr(model, "native", None) is None:
+        return False
+    try:
+        library()
+    except InputError:
+        if needed:
+            raise
+        return False
+    model.native = True
+    return True
+
+
+def _run(order: int, stride: int, pooled: bool, outputs: int, **tensors: Tensor | None) -> None:
+    x = tensors["x"]
+    call = _Call(len(x), torch.get_num_threads(), pooled, *x.shape[1:], outputs, stride)
+    packed = _Tensors()
+    for name, t in tensors.items():
+        if t is not None:
+            setattr(packed, name, _One(t.data_ptr(), t.stride(0) if len(t) > 1 else 0))
+    function = library().run_float if x.dtype is torch.float32 else library().run_double
+    function(ctypes.byref(call), ctypes.byref(packed), order)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t, with each task's part contiguous; tasks may share one."""
+    return t if t[0].is_contiguous() else t.contiguous()
+
+
+class _Block(Function):
+    """(a, z); z only for its derivative, which is the rest of what `_BlockFirst` has for x and weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gain, shift, stride, pooled):
+        x, weight, gain, shift = (_rows(t) for t in (x, weight, gain, shift))
+        tasks, images, height, width, _ = x.shape
+        outputs = weight.shape[1]
+        rows, cols = ((size - 1) // stride + 1 for size in (height, width))
+        z = x.new_empty(tasks, images, rows, cols, outputs)
+        mean, scale = x.new_empty(2, tasks, outputs)
+        a = x.new_empty(tasks, images, rows // 2, cols // 2, outputs) if pooled else torch.empty_like(z)
+        _run(FORWARD, stride, pooled, outputs, x=x, weight=weight, gain=gain, shift=shift, a=a, z=z, mean=mean, scale=scale)
+        ctx.stride, ctx.pooled, ctx.a_shape = stride, pooled, a.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, gain, shift, z, mean, scale)
+        return a, z
+
+    @staticmethod
+    def backward(ctx, da, dz):
+        if da is None:  # nothing but z led here
+            da = torch.zeros(ctx.a_shape, dtype=dz.dtype)
+        return *_BlockFirst.apply(da, dz, *ctx.saved_tensors, ctx.stride, ctx.pooled, ctx.needs_input_grad[0]), None, None
+
+
+class _BlockFirst(Function):
+    """The first derivative, from that of a, and of z where there is one; without that of x where x is data. Its own derivative,
+    of the case without, is exact; there is no third."""
+
+    @staticmethod
+    def forward(ctx, da, more, x, weight, gain, shift, z, mean, scale, stride, pooled, with_x):
+        da, more = _rows(da), None if more is None else _rows(more)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if with_x else None
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dgain, dshift = torch.empty_like(scale), torch.empty_like(scale)
+        _run(FIRST, stride, pooled, weight.shape[1], x=x, weight=weight, gain=gain, shift=shift, z=z, mean=mean, scale=scale,
+             da=da, more=more, dx=dx, dweight=dweight, dgain=dgain, dshift=dshift)
+        ctx.stride, ctx.pooled, ctx.with_x = stride, pooled, with_x
+        ctx.save_for_backward(da, x, weight, gain, shift, z, mean, scale, dgain, dshift)
+        return dx, dweight, dgain, dshift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddx, ddweight, ddgain, ddshift):
+        da, x, weight, gain, shift, z, mean, scale, dgain, dshift = ctx.saved_tensors
+        ddweight, ddgain, ddshift = (_rows(t) for t in (ddweight, ddgain, ddshift))
+        on_da, on_x, on_weight, on_z, on_gain = torch.empty_like(da), None, None, torch.empty_like(z), torch.empty_like(scale)
+        if ctx.with_x:
+            on_x, on_weight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(ddweight)
+        _run(SECOND, ctx.stride, ctx.pooled, weight.shape[1], x=x, weight=weight, gain=gain, shift=shift, z=z, mean=mean,
+             scale=scale, da=da, dgain=dgain, dshift=dshift, ddx=_rows(ddx) if ctx.with_x else None, ddweight=ddweight,
+             ddgain=ddgain, ddshift=ddshift, on_da=on_da, on_x=on_x, on_weight=on_weight, on_z=on_z, on_gain=on_gain)
+        return on_da, None, on_x, on_weight, on_gain, None, on_z, None, None, None, None, None
+
+
+def block(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, pooled: bool) -> Tensor:
+    """x [T, n, h, w, C], weight [T, O, 3, 3, C], gain and shift [T, O] -> a, channels last: convolution with a border of one
+    zero, batch normalisation, ReLU, and 2 x 2 max pooling where `pooled`. Raises ValueError unless O is a multiple of CHANNELS,
+    and C too or x in no need of a gradient."""
+    if weight.shape[1] % CHANNELS or (x.requires_grad and x.shape[-1] % CHANNELS):
+        raise ValueError(f"native code takes channels by {CHANNELS}, not {x.shape[-1]} and {weight.shape[1]}")
+    return _Block.apply(x, weight, gain, shift, stride, pooled)[0]
