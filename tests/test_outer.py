@@ -25,7 +25,7 @@ def start() -> tuple[dict, list[dict]]:
 @pytest.mark.parametrize(("name", "reference"), (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)))
 def test_equals_the_optimiser_of_torch(name: str, reference: type):
     theta, gradients = start()
-    settings = Config(outer=Outer(optimizer=name, trust=0.0))
+    settings = Config(outer=Outer(optimizer=name, trust=0.0, average=False))
     theirs = {n: p.clone().requires_grad_() for n, p in theta.items()}
     optimiser = reference(theirs.values(), lr=0.01)
     memory = outer.initial(theta, settings)
@@ -56,20 +56,23 @@ def test_the_trust_region_bounds_each_tensor_by_its_own_norm():
 
 def test_the_trust_region_opens_and_then_shrinks_as_the_root_of_the_steps():
     steps = torch.tensor([5.0, 20.0, 30.0, 990.0], dtype=torch.float64)
-    assert outer.trust_at(0.2, steps).tolist() == pytest.approx([0.2 / 64 / 1.5**0.5, 0.2 / 3**0.5, 0.1, 0.02])
+    expected = [0.2 / 64 / 1.25**0.5, 0.2 / 2**0.5, 0.2 / 2.5**0.5, 0.2 / 50.5**0.5]
+    assert outer.trust_at(0.2, steps).tolist() == pytest.approx(expected)
 
 
-def test_the_average_weighs_step_t_by_the_ninth_power_of_t():
-    """Weights of a polynomial average by their closed form: step t of n has (t+8)! / (t-1)! over its sum."""
+def test_theta_lies_halfway_between_what_walks_and_its_average():
+    """The walker written out, and the polynomial average in closed form: step t of n has t (t + 1) ... over the sum of all."""
     theta, gradients = start()
-    settings = Config(outer=Outer(trust=0.0))
+    settings, walker = Config(outer=Outer(trust=0.0)), theta["weight"]
     memory, seen = outer.initial(theta, settings), []
     for gradient in gradients:
         theta, memory = outer.step(theta, gradient, torch.tensor(0.1, dtype=torch.float64), memory, settings, YES)
-        seen.append(theta["weight"])
-    weights = torch.tensor([math.prod(range(t, t + outer.AVERAGED)) for t in range(1, len(seen) + 1)], dtype=torch.float64)
-    expected = sum(w * p for w, p in zip(weights / weights.sum(), seen))
-    assert torch.allclose(memory.average["weight"], expected, rtol=1e-12)
+        walker = walker - 0.1 * gradient["weight"]
+        seen.append(walker)
+        weights = [math.prod(range(t, t + outer.AVERAGED)) for t in range(1, len(seen) + 1)]
+        average = sum(w * p for w, p in zip(weights, seen)) / sum(weights)
+        assert torch.allclose(memory.average["weight"], average, rtol=1e-12)
+        assert torch.allclose(theta["weight"], (walker + average) / 2, rtol=1e-12)
 
 
 def test_an_unusable_iteration_leaves_no_trace():

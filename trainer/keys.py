@@ -94,7 +94,8 @@ class Outer:
         "is none, null is 0.2 (sgd) or 0.06 (adam) under rule adaptive, else none", NOT_NEGATIVE)
     weight_decay: float = key(0.0, "adds weight_decay theta to the meta-gradient", WEIGHT_DECAY)
     average: bool | None = key(
-        None, "evaluate an average of theta over about the last twentieth of all iterations; null is true under rule adaptive")
+        None, "schedule-free: theta lies halfway between a point that takes the steps and that point's average over about the "
+        "last fifth of all iterations, which is evaluated; null is true under rule adaptive")
 
 
 @dataclass(frozen=True)

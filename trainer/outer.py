@@ -12,19 +12,20 @@ from trainer.keys import Config
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 NORM_FLOOR = 0.1  # a tensor that starts at zero may still move
 TRUST = {"sgd": 0.2, "adam": 0.06}  # Adam's momentum keeps one direction for ten steps: sqrt(10) times as far as noise goes
-TRUST_STEPS = 10  # after which the trust region begins to shrink, as the root of the steps
+TRUST_STEPS = 20  # after which the trust region begins to shrink, as the root of the steps
 WARM_STEPS = 20  # in which it opens, as their cube: alpha finds its place before theta moves far
-AVERAGED = 19  # theta's average weighs step t as t^AVERAGED does: about the last twentieth of all steps
+AVERAGED = 4  # the average weighs step t as t^AVERAGED does: about the last fifth of all steps
+PULL = 0.5  # how far theta lies from the point that walks towards that point's average
 
 
 class Outer(NamedTuple):
-    """What theta's step remembers. `previous` is the direction applied last (theta_t = theta_{t-1} - beta previous): the
-    factor of beta's next hypergradient, as hypergradient descent has it for any optimiser (Baydin et al. 2018)."""
+    """What theta's step remembers. `previous` is the direction applied last (the walker moved by -beta previous): the factor
+    of beta's next hypergradient, as hypergradient descent has it for any optimiser (Baydin et al. 2018)."""
 
     previous: Params
     mean: Params  # Adam's moments; empty under SGD
     square: Params
-    average: Params  # of theta, which evaluation uses; empty where it is not wanted
+    average: Params  # of the point that walks, which evaluation uses; empty where it is not wanted
     count: Tensor  # steps taken, float64 scalar
 
 
@@ -43,7 +44,7 @@ def parts(config: Config) -> list[str]:
 
 
 def averages(config: Config) -> bool:
-    """outer.average, or what the rule for the rates takes: plain MAML and the paper evaluate theta itself."""
+    """outer.average, or what the rule for the rates takes: plain MAML and the paper know theta alone."""
     return config.rates.rule == "adaptive" if config.outer.average is None else config.outer.average
 
 
@@ -71,10 +72,22 @@ def trust_at(trust: float, count: Tensor) -> Tensor:
     return trust * (count / WARM_STEPS).clamp(max=1.0) ** 3 / (1 + count / TRUST_STEPS).sqrt()
 
 
-def averaged(average: Tensor, moved: Tensor, count: Tensor) -> Tensor:
-    """theta's running average after its `count`-th step, of polynomial decay (Shamir and Zhang 2013): what annealing the
-    rate would gain, without a horizon and without slowing what is to come. The first step replaces it."""
-    return torch.lerp(average, moved, ((AVERAGED + 1) / (count + AVERAGED)).to(moved.dtype))
+def walker(theta: Tensor, average: Tensor | None) -> Tensor:
+    """The point that takes the steps: theta itself, or, where an average is kept, the point at whose side theta lies."""
+    return theta if average is None else torch.lerp(average, theta, 1 / (1 - PULL))
+
+
+def joined(moved: Tensor, average: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor | None]:
+    """theta and the average after the walker's `count`-th step, to `moved`.
+
+    The average is of polynomial decay (Shamir and Zhang 2013): what annealing the rate would gain, without a horizon and
+    without slowing what is to come. The first step replaces it. Gradients are taken between the walker and its average
+    (schedule-free, Defazio et al. 2024): large steps, and a theta that they do not shake.
+    """
+    if average is None:
+        return moved, None
+    average = torch.lerp(average, moved, ((AVERAGED + 1) / (count + AVERAGED)).to(moved.dtype))
+    return torch.lerp(moved, average, PULL), average
 
 
 def trusted(norm: Tensor, length: Tensor, beta: Tensor, trust: Tensor) -> Tensor:
@@ -107,14 +120,13 @@ def step(theta: Params, gradient: Params, beta: Tensor, outer: Outer, config: Co
     """theta and memory after one step of size beta along the optimiser's direction; both unchanged where not `usable`."""
     count, trust, old = outer.count + 1, trust_of(config), {"theta": flat(theta)}
     old |= {name: flat(getattr(outer, name)) for name in parts(config)}
-    p = old["theta"]
+    p = walker(old["theta"], old.get("average"))
     d, mean, square = direction(flat(gradient), old.get("mean"), old.get("square"), count)
     if trust > 0:
         factors = trusted(_norms(p, theta), _norms(d, theta), beta, trust_at(trust, count)).to(d.dtype)
         d = torch.cat([part.flatten() * factor for part, factor in zip(named(d, theta).values(), factors.unbind())])
-    new = {"theta": p - beta.to(p.dtype) * d, "previous": d, "mean": mean, "square": square}
-    if "average" in old:
-        new["average"] = averaged(old["average"], new["theta"], count)
+    moved, average = joined(p - beta.to(p.dtype) * d, old.get("average"), count)
+    new = {"theta": moved, "previous": d, "mean": mean, "square": square, "average": average}
     kept = {name: named(torch.where(usable, new[name], value), theta) for name, value in old.items()}
     memory = Outer(*(kept.get(name, {}) for name in Outer._fields[:-1]), torch.where(usable, count, outer.count))
     return kept["theta"], memory

@@ -79,15 +79,15 @@ class _Shard(torch.optim.Optimizer):
 
         count, trust = self.count + 1, outer.trust_of(self.config)
         moved = [outer.direction(g, s.get("mean"), s.get("square"), count) for g, s in zip(gradients, states)]
+        walkers = [outer.walker(p, s.get("average")) for p, s in zip(self.pieces, states)]
         if trust > 0:
-            lengths = self._norms(self.pieces), self._norms([d for d, *_ in moved])
+            lengths = self._norms(walkers), self._norms([d for d, *_ in moved])
             factors = outer.trusted(*lengths, beta, outer.trust_at(trust, count))
-        for p, state, tensor_of, (d, *moments) in zip(self.pieces, states, self.tensor_of, moved):
+        for p, w, state, tensor_of, (d, *moments) in zip(self.pieces, walkers, states, self.tensor_of, moved):
             if trust > 0:
                 d = d * factors[tensor_of].view_as(d).to(d.dtype)
-            new = {"previous": d, "mean": moments[0], "square": moments[1], "theta": p - beta.to(p.dtype) * d}
-            if "average" in state:
-                new["average"] = outer.averaged(state["average"], new["theta"], count)
+            theta, average = outer.joined(w - beta.to(p.dtype) * d, state.get("average"), count)
+            new = {"previous": d, "mean": moments[0], "square": moments[1], "theta": theta, "average": average}
             for name, old in ({"theta": p} | state).items():
                 old.copy_(torch.where(usable, new[name], old))
         self.count = torch.where(usable, count, self.count)
