@@ -46,26 +46,31 @@ class _Tensors(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled code, kept between runs. Raises InputError where there is no compiler."""
+    """The compiled code, kept between runs. Raises InputError where there is no compiler, or no place for what it makes."""
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise InputError(f"compile: true needs a C++ compiler, and there is no {compiler}; install g++, name another in CXX, "
-                         "or leave compile out")
     # The processor belongs to the name: a home may be shared by machines of several kinds.
     made_of = (SOURCE.read_bytes(), *(x.encode() for x in (*FLAGS, compiler, _processor())))
     path = Path(pooch.os_cache("alpha-maml")) / f"native-{hashlib.sha256(b' '.join(made_of)).hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
-            made = Path(file.name)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise InputError(f"native code: {path} cannot be made or loaded ({error.strerror or error}); name another folder in "
+                         "XDG_CACHE_HOME") from None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    if shutil.which(compiler) is None:
+        raise InputError(f"native code needs a C++ compiler, and there is no {compiler}; install g++, or name another in CXX")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may be here: each leaves a whole file
+        made = Path(folder, path.name)
         result = subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True)
         if result.returncode != 0:
-            made.unlink()
             said = (result.stderr.strip().splitlines() or ["it does not say why"])[0]
-            raise InputError(f"compile: true: {compiler} cannot compile {SOURCE.name} ({said}); name another in CXX, or "
-                             "leave compile out")
-        made.replace(path)  # several processes may arrive here: each leaves a whole file
-    return ctypes.CDLL(str(path))
+            raise InputError(f"native code: {compiler} cannot compile {SOURCE.name} ({said}); name another compiler in CXX")
+        made.replace(path)
 
 
 def _processor() -> str:
@@ -76,17 +81,12 @@ def _processor() -> str:
         return platform.processor()
 
 
-def enabled(model: nn.Module, needed: bool) -> bool:
-    """Whether the model's `forward_tasks` is native code from now on: where it can be, and a compiler is at hand. Raises
-    InputError where that is `needed` and there is none."""
+def enabled(model: nn.Module) -> bool:
+    """Whether the model's `forward_tasks` is native code from now on: wherever it can be. Raises InputError where it could be,
+    and there is no compiler."""
     if getattr(model, "native", None) is None:
         return False
-    try:
-        library()
-    except InputError:
-        if needed:
-            raise
-        return False
+    library()
     model.native = True
     return True
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pooch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import models
@@ -140,7 +140,7 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
     apply_tasks = forward_tasks = getattr(skeleton, "forward_tasks", None)
     chunk = task.chunk
     inputs = task.ways * (task.shots + task.queries) * math.prod(source.input_shape)
-    native = world.device.type == "cpu" and config.compile is not False and models.natively(skeleton, config.compile is True)
+    native = _native(skeleton, config, world)
     graph = bool(config.compile) and not native
     if config.model.randomness != "error" or graph:
         forward_tasks = None  # only vmap can tell tasks' draws apart, and be one graph
@@ -153,6 +153,20 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
                       inner.chosen(theta, config.inner.adapts, per_step), draw_seed, per_step)
     alpha = inner.alpha_sizes(problem.inner(0), theta)
     return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)
+
+
+def _native(skeleton: nn.Module, config: Config, world: World) -> bool:
+    """Whether the model runs many tasks as native code."""
+    if config.compile is False or world.device.type != "cpu":
+        return False
+    try:
+        return models.natively(skeleton)
+    except InputError as error:
+        if config.compile:
+            raise InputError(f"compile: true, but {error}; or set compile: false") from None
+        if world.rank == 0:
+            say(f"{error}; until then this takes about twice as long")
+        return False
 
 
 def resume(state: State, folder: Path, world: World) -> State:

@@ -97,7 +97,7 @@ class Problem:
 def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
     """trainer.maml, its shard of the tasks, and the sum over ranks; on a CPU as it runs where there is a compiler."""
     if native and problem.tasks.support_x.device.type == "cpu":
-        models.natively(problem.model, needed=True)
+        models.natively(problem.model)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tasks = TaskBatch(*(x.tensor_split(size)[rank] for x in problem.tasks))
     alpha = tasks.support_x.new_tensor(ALPHA)
