@@ -90,7 +90,7 @@ class Inner:
 class Outer:
     optimizer: Literal["sgd", "adam"] = key("sgd", "theta's step: the paper's SGD, or Adam")
     trust: float | None = key(
-        None, "largest relative step of a tensor, opening over 20 iterations as their cube and falling as 1/sqrt(1 + t/10); 0 "
+        None, "largest relative step of a tensor, opening over 20 iterations as their cube and falling as 1/sqrt(1 + t/20); 0 "
         "is none, null is 0.2 (sgd) or 0.06 (adam) under rule adaptive, else none", NOT_NEGATIVE)
     weight_decay: float = key(0.0, "adds weight_decay theta to the meta-gradient", WEIGHT_DECAY)
     average: bool | None = key(

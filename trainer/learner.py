@@ -147,7 +147,8 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
             for name, p in needed.items()):
         raise InputError(f"run_dir: {path} does not hold alpha and the parameters of model.name {config.model.name}; use the "
                          "code that the run was trained with")
-    theta = {name: theta[name].to(device, dtype) for name in needed}
+    # Copies: the bytes of a file lie anywhere, and products of unaligned memory round differently.
+    theta = {name: theta[name].to(device, dtype, copy=True) for name in needed}
     apply = models.function(model.to(device, dtype), training=False)
     learner = Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
     sizes = inner.alpha_sizes(learner.loop, theta)
