@@ -147,8 +147,8 @@ def _adaptive(settings: keys.Rates, rates: Rates, signals: Signals) -> Rates:
     scale = torch.where(count == 1, scale, scale.clamp(min=1.0))
     alpha = rates.alpha * torch.exp(settings.kappa * alpha_step) * scale
     beta = rates.beta * torch.exp(settings.kappa * beta_step)
-    # beta starts where the trust region takes over: a climb would use up the steps in which it is open.
-    beta = torch.where(count == 1, torch.maximum(beta, signals.polyak), beta)
+    # beta starts where the trust region takes over, wherever it was: a climb would use up the steps in which it is open.
+    beta = torch.where((count == 1) & (signals.polyak > 0), signals.polyak, beta)
     bounds = (settings.minimum, settings.maximum)
     return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), alpha_mean, alpha_square, beta_mean, beta_square, count)
 
