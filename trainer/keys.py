@@ -105,7 +105,7 @@ class Rates:
         None, "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number; null is "
         "layer_step under rule adaptive, else scalar")
     alpha: float = key(0.01, "first inner rate; adaptive scales it in the first iteration", POSITIVE)
-    beta: float = key(0.001, "first meta rate; adaptive with sgd lifts it in the first iteration", POSITIVE)
+    beta: float = key(0.001, "first meta rate; adaptive with sgd sets its own in the first iteration", POSITIVE)
     alpha_hyperlr: float = key(1e-3, "paper: rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE)
     beta_hyperlr: float = key(1e-3, "paper: rate of beta, per product in task.reduction", NOT_NEGATIVE)
     kappa: float = key(0.5, "adaptive: largest step of log alpha and log beta per iteration", POSITIVE)
