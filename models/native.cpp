@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -57,6 +58,7 @@ template <class T> class Memory {
             std::free(at);
             size = (wanted + LANES<T> - 1) / LANES<T> * LANES<T>;
             at = static_cast<T*>(std::aligned_alloc(BYTES, size * sizeof(T)));
+            if (!at) throw std::bad_alloc();
         }
         return at;
     }
@@ -228,22 +230,33 @@ template <class T, int M, int NV> void outers(const Pair<T>* pairs, int count, l
         for (long i = 0; i < height; i += M) outer<T, M, NV>(pairs, count, i, j, weight, apart);
 }
 
+template <class T> using Outers = void (*)(const Pair<T>*, int, long, long, T*, long);
+
+// Rows for `height`, a multiple of 4 or of 3: as many sums as keep both units of the processor busy.
+template <class T, int NV> Outers<T> outers_of(long height) {
+    if (NV > 2) return height % 4 ? outers<T, 3, NV> : outers<T, 4, NV>;
+    if (height % 8 == 0) return outers<T, 8, NV>;
+    if (height % 9 == 0) return outers<T, 9, NV>;
+    return height % 4 ? outers<T, 3, NV> : outers<T, 4, NV>;
+}
+
 // weight [height, width], rows `apart`: += sum over pairs of a [height] with b [width].
-template <class T> void outers(const Pair<T>* pairs, int count, long height, long width, T* weight, long apart) {
-    const bool thirds = height % 4 != 0;  // 3 C of few colours
+template <class T> Outers<T> outers_of(long height, long width) {
     switch (vectors<T>(width)) {
-        case 4: return (thirds ? outers<T, 3, 4> : outers<T, 4, 4>)(pairs, count, height, width, weight, apart);
-        case 3: return (thirds ? outers<T, 3, 3> : outers<T, 4, 3>)(pairs, count, height, width, weight, apart);
-        case 2: return (thirds ? height % 9 ? outers<T, 3, 2> : outers<T, 9, 2> : outers<T, 8, 2>)(pairs, count, height, width, weight, apart);
-        default: return (thirds ? height % 9 ? outers<T, 3, 1> : outers<T, 9, 1> : outers<T, 8, 1>)(pairs, count, height, width, weight, apart);
+        case 4: return outers_of<T, 4>(height);
+        case 3: return outers_of<T, 3>(height);
+        case 2: return outers_of<T, 2>(height);
+        default: return outers_of<T, 1>(height);
     }
 }
 
 // d weight = sum over pairs of dz with x: [O, 3, 3, C]; of few colours turned, [3, 3, C, O], since a vector is too wide for C.
-template <class T, class In> void product_on_weight(const Shape& s, const Pair<T>* pairs, int count, T* dweight, std::vector<Pair<T>>& lines) {
+template <class T, class In>
+void product_on_weight(const Shape& s, const Pair<T>* pairs, int count, T* dweight, std::vector<Pair<T>>& lines) {
     constexpr bool TURNED = std::is_same<In, Few>::value;
     const In in(s);
     const long K = in.K(), size = In::TAPS * K * s.O, step = std::max(1L, PAIRS / (s.n * s.cols));
+    const Outers<T> outers = TURNED ? outers_of<T>(K, s.O) : outers_of<T>(s.O, K);
     std::fill(dweight, dweight + size, T(0));
     lines.resize(step * s.n * s.cols);
     for (int p = 0; p < count; p++)
@@ -553,8 +566,8 @@ template <class T> struct Tensors {
         T* at;
         int64_t apart;
         T* of(int64_t task) const { return at ? at + task * apart : nullptr; }
-    } x, weight, gain, shift, a, z, mean, scale, da, dx, dweight, dgain, dshift, ddx, ddweight, ddgain, ddshift, on_da, on_x, on_weight, on_z, on_gain,
-        more;
+    } x, weight, gain, shift, a, z, mean, scale, da, dx, dweight, dgain, dshift, ddx, ddweight, ddgain, ddshift, on_da, on_x, on_weight,
+        on_z, on_gain, more;
 };
 
 template <class T> void run(const Call& call, const Tensors<T>& m, int order) {

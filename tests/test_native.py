@@ -19,7 +19,8 @@ from models.norm import EPS
 SHAPES = (  # images, side, colours, channels, stride, pooled, whether tasks share the parameters
     (5, 14, 64, 64, 2, False, False), (7, 28, 1, 64, 2, False, True), (20, 7, 32, 32, 2, False, True),
     (6, 4, 32, 48, 2, False, False), (1, 3, 16, 16, 2, False, False), (3, 9, 16, 32, 1, True, False),
-    (2, 10, 3, 32, 1, True, True), (13, 5, 5, 80, 1, True, False))
+    (2, 10, 3, 32, 1, True, True), (13, 5, 5, 80, 1, True, False), (3, 6, 4, 32, 2, False, False),
+    (2, 6, 12, 16, 1, False, True), (2, 7, 2, 48, 2, False, False))
 
 
 def torch_block(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, pooled: bool) -> Tensor:
