@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
-import pooch
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -44,16 +41,27 @@ class _Tensors(ctypes.Structure):
     _fields_ = [(name, _One) for name in TENSORS]
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled code, kept between runs. Raises InputError where there is no compiler, or no place for what it makes."""
-    compiler = os.environ.get("CXX", "c++")
+_library: ctypes.CDLL | None = None
+
+
+def enabled(model: nn.Module, folder: Path, compiler: str) -> bool:
+    """Whether the model's `forward_tasks` is native code from now on: wherever it can be. What the C++ `compiler` makes is kept
+    in `folder`. Raises InputError where the model could, and there is no compiler, or no place for what it makes."""
+    global _library
+    if getattr(model, "native", None) is None:
+        return False
+    _library = _library or _loaded(folder, compiler)
+    model.native = True
+    return True
+
+
+def _loaded(folder: Path, compiler: str) -> ctypes.CDLL:
     # The processor belongs to the name: a home may be shared by machines of several kinds.
     made_of = (SOURCE.read_bytes(), *(x.encode() for x in (*FLAGS, compiler, _processor())))
-    path = Path(pooch.os_cache("alpha-maml")) / f"native-{hashlib.sha256(b' '.join(made_of)).hexdigest()[:16]}.so"
+    path = folder / f"native-{hashlib.sha256(b' '.join(made_of)).hexdigest()[:16]}.so"
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -81,16 +89,6 @@ def _processor() -> str:
         return platform.processor()
 
 
-def enabled(model: nn.Module) -> bool:
-    """Whether the model's `forward_tasks` is native code from now on: wherever it can be. Raises InputError where it could be,
-    and there is no compiler."""
-    if getattr(model, "native", None) is None:
-        return False
-    library()
-    model.native = True
-    return True
-
-
 def _run(order: int, stride: int, pooled: bool, outputs: int, **tensors: Tensor | None) -> None:
     x = tensors["x"]
     call = _Call(len(x), torch.get_num_threads(), pooled, *x.shape[1:], outputs, stride)
@@ -98,7 +96,7 @@ def _run(order: int, stride: int, pooled: bool, outputs: int, **tensors: Tensor 
     for name, t in tensors.items():
         if t is not None:
             setattr(packed, name, _One(t.data_ptr(), t.stride(0) if len(t) > 1 else 0))
-    function = library().run_float if x.dtype is torch.float32 else library().run_double
+    function = _library.run_float if x.dtype is torch.float32 else _library.run_double
     function(ctypes.byref(call), ctypes.byref(packed), order)
 
 

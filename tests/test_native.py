@@ -12,15 +12,22 @@ from processes import ROOT, command, succeed
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.errors import InputError
 from models import native
 from models.conv4 import Conv4
 from models.norm import EPS
+from trainer.loop import CACHE
 
 SHAPES = (  # images, side, colours, channels, stride, pooled, whether tasks share the parameters
     (5, 14, 64, 64, 2, False, False), (7, 28, 1, 64, 2, False, True), (20, 7, 32, 32, 2, False, True),
     (6, 4, 32, 48, 2, False, False), (1, 3, 16, 16, 2, False, False), (3, 9, 16, 32, 1, True, False),
     (2, 10, 3, 32, 1, True, True), (13, 5, 5, 80, 1, True, False), (3, 6, 4, 32, 2, False, False),
     (2, 6, 12, 16, 1, False, True), (2, 7, 2, 48, 2, False, False))
+
+
+@pytest.fixture(autouse=True)
+def loaded():
+    assert native.enabled(Conv4((1, 28, 28), 5, 32), CACHE, "c++")
 
 
 def torch_block(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, pooled: bool) -> Tensor:
@@ -93,8 +100,8 @@ def test_what_it_does_not_take():
         native.block(x.detach().requires_grad_(), weight, gain, shift, 2, False)
     with pytest.raises(ValueError, match="channels by 16, not 1 and 24"):
         native.block(x, weight[:, :24], gain[:, :24], shift[:, :24], 2, False)
-    assert not native.enabled(Conv4((1, 28, 28), 5, 24)) and not native.enabled(torch.nn.Linear(1, 1))
-    assert not native.enabled(Conv4((1, 28, 28), 5, 32, norm="group"))
+    for model in (Conv4((1, 28, 28), 5, 24), Conv4((1, 28, 28), 5, 32, norm="group"), torch.nn.Linear(1, 1)):
+        assert not native.enabled(model, CACHE, "/no/compiler")
 
 
 ARGUMENTS = ("train", "--data.name", "omniglot", "--model.name", "conv4", "--model.channels", 16, "--task.ways", 5,
@@ -130,13 +137,16 @@ def test_without_a_compiler(tmp_path: Path, omniglot_root: str):
     assert run("--compile", "false").returncode == 0
 
 
-def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "false")
-    native.library.cache_clear()
-    try:
-        with pytest.raises(native.InputError, match="native code: false cannot compile native.cpp"):
-            native.library()
-        assert not list(tmp_path.rglob("*.so"))
-    finally:
-        native.library.cache_clear()
+@pytest.mark.parametrize(("compiler", "line"), (
+    ("/no/compiler", r"native code needs a C\+\+ compiler, and there is no /no/compiler"),
+    ("false", r"native code: false cannot compile native.cpp \(it does not say why\)"),
+    ("c++", r"native code: .* cannot be made or loaded \(File exists\); name another folder")))
+def test_what_cannot_be_compiled(compiler: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "_library", None)
+    folder = tmp_path / "cache"
+    if compiler == "c++":
+        folder.write_text("no folder")
+    model = Conv4((1, 28, 28), 5, 32)
+    with pytest.raises(InputError, match=line):
+        native.enabled(model, folder, compiler)
+    assert model.native is False and not list(tmp_path.rglob("*.so"))

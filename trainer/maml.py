@@ -200,9 +200,10 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         step = visit(phi, k, not recompute)
         if k == 0:
             support_loss = step.support_loss
-        moved = step.direction if moved is None else _plus(moved, step.direction, axes=axes)
         if shape == "layer_step":
             lengths.append(_products(step.direction, step.direction, axes, names, "layer").sqrt())
+        if shape != "layer_step" or loop.order == "reptile":
+            moved = step.direction if moved is None else _plus(moved, step.direction, axes=axes)
         if not recompute:
             kept.append(step)
         phi = _moved(phi, rates[k], step.direction)
@@ -211,7 +212,6 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         adjoint = _scaled(loop.weights[-1], adjoint)
     per_rate = "layer" if shape == "layer_step" else shape
     steepness = _products(adjoint, adjoint, axes, names, per_rate).sqrt()
-    distance = _products(moved, moved, axes, names, per_rate).sqrt()
 
     alpha_gradient, rows = torch.zeros_like(steepness), []
     backward = _again(visit, rates, theta, 0, loop.steps) if recompute else _drain(kept)
@@ -225,9 +225,10 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         if step.query is not None:
             steepness = steepness + _products(step.query, step.query, axes, names, per_rate).sqrt()
             adjoint = _plus(adjoint, step.query, axes=axes)
-    norm = steepness * distance
     if shape == "layer_step":
         alpha_gradient, norm = torch.stack(rows[::-1], -2), torch.stack(lengths, -2) * steepness[..., None, :]
+    else:
+        norm = steepness * _products(moved, moved, axes, names, per_rate).sqrt()
     if loop.order == "reptile":  # Nichol, Achiam, Schulman 2018: (theta - theta') / alpha
         adjoint = {name: moved[name] if name in moved else torch.zeros_like(p) for name, p in theta.items()}
     return MetaGradient(adjoint, alpha_gradient, norm, loss, accuracy, support_loss)
