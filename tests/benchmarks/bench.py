@@ -103,7 +103,7 @@ def compare(title: str, setting: tuple[int, ...], names: list[str], rounds: int,
         script, contenders = Path(__file__).with_name("contenders.py"), []
         for name in names:
             contenders.append(Contender(name, [script, name, gradients[name], *setting, "--device", device], Path(folder),
-                                        ranks=2 if name.endswith("2 ranks") else 1))
+                                        2 if name.endswith("2 ranks") else 1, 29671 + len(contenders)))
             if device == "cpu":  # on a GPU's machine there are cores for all to compile at once
                 contenders[-1].ready()
         for contender in contenders if device == "cuda" else ():
