@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pooch
 import pytest
 import torch
 from conftest import newest_state
@@ -16,8 +17,8 @@ from data.errors import InputError
 from models import native
 from models.conv4 import Conv4
 from models.norm import EPS
-from trainer.loop import CACHE
 
+CACHE = Path(pooch.os_cache("alpha-maml"))
 SHAPES = (  # images, side, colours, channels, stride, pooled, whether tasks share the parameters
     (5, 14, 64, 64, 2, False, False), (7, 28, 1, 64, 2, False, True), (20, 7, 32, 32, 2, False, True),
     (6, 4, 32, 48, 2, False, False), (1, 3, 16, 16, 2, False, False), (3, 9, 16, 32, 1, True, False),

@@ -34,7 +34,6 @@ METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates
            "hypergradients/beta", "guards/skipped", "guards/nonfinite")
 ALPHA, BETA, SKIPPED, NONFINITE = (
     METRICS.index(name) for name in ("rates/alpha", "rates/beta", "guards/skipped", "guards/nonfinite"))
-CACHE = Path(pooch.os_cache("alpha-maml"))
 CALIBRATING = 16  # tasks whose support sets set frozen norms: at any number of ranks the same
 HOPELESS = 50  # skipped iterations in a row after which a run has diverged: more than halving alpha from 10 to 1e-6 takes
 
@@ -119,7 +118,7 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
                          f"most {task.batch} processes")
     sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
-    source = data.build(config.data, CACHE, sizes, config.seed, dtype, world.device,
+    source = data.build(config.data, _cache(), sizes, config.seed, dtype, world.device,
                         say if world.rank == 0 else lambda line: None)
     outputs = max(outputs, source.outputs)
     model = models.build(config.model.name, source.input_shape, outputs, config.seed, config.model.channels,
@@ -157,12 +156,16 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
     return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)
 
 
+def _cache() -> Path:
+    return Path(pooch.os_cache("alpha-maml"))
+
+
 def _native(skeleton: nn.Module, config: Config, world: World) -> bool:
     """Whether the model runs many tasks as native code."""
     if config.compile is False or world.device.type != "cpu":
         return False
     try:
-        return models.natively(skeleton, CACHE, os.environ.get("CXX", "c++"))
+        return models.natively(skeleton, _cache(), os.environ.get("CXX", "c++"))
     except InputError as error:
         if config.compile:
             raise InputError(f"compile: true, but {error}; or set compile: false") from None
