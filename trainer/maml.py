@@ -36,7 +36,7 @@ Support = Callable[[Params, int, bool], tuple[Params, Tensor, Callable[[Params],
 Query = Callable[[Params, int], tuple[Params, Tensor, Tensor]]  # (phi, k of the step before) -> grad L_te, L_te, accuracy
 
 RECOMPUTE_ABOVE = 8  # inner steps
-FAN_OUT = 3  # segments into which a sweep that recomputes divides the inner loop, again and again
+FAN_OUT = 2  # segments into which a sweep that recomputes divides the inner loop, again and again
 VMAP_INPUTS = 2**14  # numbers that the inputs of one task hold: above, vmap is slower on a CPU than one task after the other
 CHUNK_INPUTS = 2**19  # numbers that the inputs of a chunk of tasks hold, by default, on a CPU: more no longer gains time
 
