@@ -157,7 +157,7 @@ void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long w
         const Tile<T> sum = tile_of<T>(next - first, wide);
         for (long row = 0; row < rows; row++) {
             for (long col = 0; col < cols; col++) {
-                Pair<T> taps[18];
+                Pair<T> taps[18];  // of two pairs
                 const int count = taps_at(row, col, taps);
                 for (int t = 0; t < count; t++) taps[t].a += first * apart;
                 T* to = out + ((first * rows + row) * cols + col) * width;
@@ -185,17 +185,16 @@ template <class T, class In, class G> void product(const Shape& s, const Pair<T>
     }, done);
 }
 
-// dx = sum over pairs of dz with a weight.
-template <class T> void product_on_x(const Shape& s, const Pair<T>* pairs, int count, T* dx) {
+// dx: dz with the weight.
+template <class T> void product_on_x(const Shape& s, const T* dz, const T* weight, T* dx) {
     by_tiles<T>(s.n, s.h, s.w, s.z_image(), s.O, 9 * s.C, s.C, dx, [&](long y, long x, Pair<T>* taps) {
         int held = 0;
-        for (int p = 0; p < count; p++)
-            for (int t = 0; t < 9; t++) {
-                const long row = y + 1 - t / 3, col = x + 1 - t % 3;
-                if (row < 0 || col < 0 || row % s.stride || col % s.stride) continue;
-                if (row / s.stride >= s.rows || col / s.stride >= s.cols) continue;
-                taps[held++] = {pairs[p].a + (row / s.stride * s.cols + col / s.stride) * s.O, pairs[p].b + t * s.C};
-            }
+        for (int t = 0; t < 9; t++) {
+            const long row = y + 1 - t / 3, col = x + 1 - t % 3;
+            if (row < 0 || col < 0 || row % s.stride || col % s.stride) continue;
+            if (row / s.stride >= s.rows || col / s.stride >= s.cols) continue;
+            taps[held++] = {dz + (row / s.stride * s.cols + col / s.stride) * s.O, weight + t * s.C};
+        }
         return held;
     }, [](long, long) {});
 }
@@ -250,35 +249,34 @@ template <class T> Outers<T> outers_of(long height, long width) {
     }
 }
 
-// d weight = sum over pairs of dz with x: [O, 3, 3, C]; of few colours turned, [3, 3, C, O], since a vector is too wide for C.
+// d weight: dz with x, [O, 3, 3, C]; of few colours turned, [3, 3, C, O], since a vector is too wide for C.
 template <class T, class In>
-void product_on_weight(const Shape& s, const Pair<T>* pairs, int count, T* dweight, std::vector<Pair<T>>& lines) {
+void product_on_weight(const Shape& s, const T* dz, const T* x, T* dweight, std::vector<Pair<T>>& lines) {
     constexpr bool TURNED = std::is_same<In, Few>::value;
     const In in(s);
     const long K = in.K(), size = In::TAPS * K * s.O, step = std::max(1L, PAIRS / (s.n * s.cols));
     const Outers<T> outers = TURNED ? outers_of<T>(K, s.O) : outers_of<T>(s.O, K);
     std::fill(dweight, dweight + size, T(0));
     lines.resize(step * s.n * s.cols);
-    for (int p = 0; p < count; p++)
-        for (long first = 0; first < s.rows; first += step)  // what fits the second cache, for all taps
-            for (int t = 0; t < In::TAPS; t++) {
-                long held = 0;
-                for (long row = first; row < std::min(first + step, s.rows); row++)
-                    for (long i = 0; i < s.n; i++)
-                        for (long col = 0; col < s.cols; col++) {
-                            const long at = in.input(row, col, t);
-                            if (at < 0) continue;
-                            const T *dz = pairs[p].a + ((i * s.rows + row) * s.cols + col) * s.O, *x = pairs[p].b + i * in.image() + at;
-                            lines[held++] = TURNED ? Pair<T>{x, dz} : Pair<T>{dz, x};
-                        }
-                for (long part = 0, parts = (held + PAIRS - 1) / PAIRS; part < parts; part++) {
-                    const long begin = part * held / parts, end = (part + 1) * held / parts;
-                    if (TURNED)
-                        outers(&lines[begin], end - begin, K, s.O, dweight + t * K * s.O, s.O);
-                    else
-                        outers(&lines[begin], end - begin, s.O, K, dweight + t * K, In::TAPS * K);
-                }
+    for (long first = 0; first < s.rows; first += step)  // what fits the second cache, for all taps
+        for (int t = 0; t < In::TAPS; t++) {
+            long held = 0;
+            for (long row = first; row < std::min(first + step, s.rows); row++)
+                for (long i = 0; i < s.n; i++)
+                    for (long col = 0; col < s.cols; col++) {
+                        const long at = in.input(row, col, t);
+                        if (at < 0) continue;
+                        const T *left = dz + ((i * s.rows + row) * s.cols + col) * s.O, *right = x + i * in.image() + at;
+                        lines[held++] = TURNED ? Pair<T>{right, left} : Pair<T>{left, right};
+                    }
+            for (long part = 0, parts = (held + PAIRS - 1) / PAIRS; part < parts; part++) {
+                const long begin = part * held / parts, end = (part + 1) * held / parts;
+                if (TURNED)
+                    outers(&lines[begin], end - begin, K, s.O, dweight + t * K * s.O, s.O);
+                else
+                    outers(&lines[begin], end - begin, s.O, K, dweight + t * K, In::TAPS * K);
             }
+        }
 }
 
 // A square of vectors, turned: in each round every vector swaps every other block of so many lanes with its partner.
@@ -346,10 +344,10 @@ template <class T> struct Convolution {
     template <class G> void z(const Pair<T>* pairs, int count, T* z, G done) const {
         few ? product<T, Few>(s, pairs, count, z, done) : product<T, Wide>(s, pairs, count, z, done);
     }
-    void on_weight(const Pair<T>* pairs, int count, T* dweight, Work<T>& work) const {
-        if (!few) return product_on_weight<T, Wide>(s, pairs, count, dweight, work.lines);
+    void on_weight(const T* dz, const T* x, T* dweight, Work<T>& work) const {
+        if (!few) return product_on_weight<T, Wide>(s, dz, x, dweight, work.lines);
         T* turned = work.turned.room(9 * s.C * s.O);
-        product_on_weight<T, Few>(s, pairs, count, turned, work.lines);
+        product_on_weight<T, Few>(s, dz, x, turned, work.lines);
         turn(turned, 9 * s.C, s.O, dweight);
     }
 };
@@ -487,12 +485,8 @@ void first(const Shape& s, const Task<T>& t, const T* da, const T* more, T* dx, 
         });
     std::copy_n(sums, O, dshift), std::copy_n(sums + O, O, dgain);
     to_dz(s, t, da, dgain, dshift, more, dz);
-    const Pair<T> pair{dz, convolution.seen(t.x, work)};
-    convolution.on_weight(&pair, 1, dweight, work);
-    if (dx) {
-        const Pair<T> pair{dz, t.weight};
-        product_on_x(s, &pair, 1, dx);
-    }
+    convolution.on_weight(dz, convolution.seen(t.x, work), dweight, work);
+    if (dx) product_on_x(s, dz, t.weight, dx);
 }
 
 template <class T> struct Second {  // cotangents of the first derivative, and what it gave
@@ -510,9 +504,8 @@ template <class T> void second(const Shape& s, const Task<T>& t, const Second<T>
     if (d.ddx) {
         T* dz = work.dz.room(count * O);
         to_dz<T>(s, t, d.da, d.dgain, d.dshift, nullptr, dz);
-        const Pair<T> on_weight{dz, d.ddx}, on_x{dz, d.ddweight};
-        convolution.on_weight(&on_weight, 1, d.on_weight, work);
-        product_on_x(s, &on_x, 1, d.on_x);
+        convolution.on_weight(dz, d.ddx, d.on_weight, work);
+        product_on_x(s, dz, d.ddweight, d.on_x);
         pairs[1] = {d.ddx, ready ? ready : convolution.turned(t.weight, work.turned)};
     }
     std::fill(sums, sums + 3 * O, T(0));
