@@ -4,7 +4,7 @@
 //
 //   x [n, h, w, C]   weight [O, 3, 3, C]   z [n, h', w', O]   a [n, h', w', O], or pooled [n, h'/2, w'/2, O]
 //
-// O is a multiple of a vector. So is C, or else x is data of few colours, of which no derivative is wanted.
+// O is a multiple of a vector. So is C, but in the block that takes data: of x no derivative is wanted then.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -75,27 +75,11 @@ struct Shape {
 
 // The convolution's three products are sums over the taps of its window.
 
-// Where an output's input lies in x, tap by tap; -1 on the border. Few colours: x has its border around it (`bordered`), and a tap is a
-// whole row of the window.
-struct Wide {
-    const Shape& s;
-    explicit Wide(const Shape& s) : s(s) {}
-    static constexpr int TAPS = 9;
-    long K() const { return s.C; }
-    long image() const { return s.image(); }
-    long input(long row, long col, int tap) const {
-        const long y = row * s.stride + tap / 3 - 1, x = col * s.stride + tap % 3 - 1;
-        return y < 0 || y >= s.h || x < 0 || x >= s.w ? -1 : (y * s.w + x) * s.C;
-    }
-};
-struct Few {
-    const Shape& s;
-    explicit Few(const Shape& s) : s(s) {}
-    static constexpr int TAPS = 3;
-    long K() const { return 3 * s.C; }
-    long image() const { return (s.h + 2) * (s.w + 2) * s.C; }
-    long input(long row, long col, int tap) const { return ((row * s.stride + tap) * (s.w + 2) + col * s.stride) * s.C; }
-};
+// Where an output's input lies in x, tap by tap; -1 on the border.
+inline long input(const Shape& s, long row, long col, int tap) {
+    const long y = row * s.stride + tap / 3 - 1, x = col * s.stride + tap % 3 - 1;
+    return y < 0 || y >= s.h || x < 0 || x >= s.w ? -1 : (y * s.w + x) * s.C;
+}
 
 template <class T> struct Pair {
     const T *a, *b;
@@ -172,14 +156,13 @@ void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long w
 }
 
 // z = sum over pairs of x with a weight that is turned, [3, 3, C, O].
-template <class T, class In, class G> void product(const Shape& s, const Pair<T>* pairs, int count, T* z, G done) {
-    const In in(s);
-    by_tiles<T>(s.n, s.rows, s.cols, in.image(), in.K(), s.O, s.O, z, [&](long row, long col, Pair<T>* taps) {
+template <class T, class G> void product(const Shape& s, const Pair<T>* pairs, int count, T* z, G done) {
+    by_tiles<T>(s.n, s.rows, s.cols, s.image(), s.C, s.O, s.O, z, [&](long row, long col, Pair<T>* taps) {
         int held = 0;
         for (int p = 0; p < count; p++)
-            for (int t = 0; t < In::TAPS; t++) {
-                const long at = in.input(row, col, t);
-                if (at >= 0) taps[held++] = {pairs[p].a + at, pairs[p].b + t * in.K() * s.O};
+            for (int t = 0; t < 9; t++) {
+                const long at = input(s, row, col, t);
+                if (at >= 0) taps[held++] = {pairs[p].a + at, pairs[p].b + t * s.C * s.O};
             }
         return held;
     }, done);
@@ -249,32 +232,24 @@ template <class T> Outers<T> outers_of(long height, long width) {
     }
 }
 
-// d weight: dz with x, [O, 3, 3, C]; of few colours turned, [3, 3, C, O], since a vector is too wide for C.
-template <class T, class In>
-void product_on_weight(const Shape& s, const T* dz, const T* x, T* dweight, std::vector<Pair<T>>& lines) {
-    constexpr bool TURNED = std::is_same<In, Few>::value;
-    const In in(s);
-    const long K = in.K(), size = In::TAPS * K * s.O, step = std::max(1L, PAIRS / (s.n * s.cols));
-    const Outers<T> outers = TURNED ? outers_of<T>(K, s.O) : outers_of<T>(s.O, K);
-    std::fill(dweight, dweight + size, T(0));
+// d weight: dz with x.
+template <class T> void product_on_weight(const Shape& s, const T* dz, const T* x, T* dweight, std::vector<Pair<T>>& lines) {
+    const long step = std::max(1L, PAIRS / (s.n * s.cols));
+    const Outers<T> outers = outers_of<T>(s.O, s.C);
+    std::fill(dweight, dweight + 9 * s.C * s.O, T(0));
     lines.resize(step * s.n * s.cols);
     for (long first = 0; first < s.rows; first += step)  // what fits the second cache, for all taps
-        for (int t = 0; t < In::TAPS; t++) {
+        for (int t = 0; t < 9; t++) {
             long held = 0;
             for (long row = first; row < std::min(first + step, s.rows); row++)
                 for (long i = 0; i < s.n; i++)
                     for (long col = 0; col < s.cols; col++) {
-                        const long at = in.input(row, col, t);
-                        if (at < 0) continue;
-                        const T *left = dz + ((i * s.rows + row) * s.cols + col) * s.O, *right = x + i * in.image() + at;
-                        lines[held++] = TURNED ? Pair<T>{right, left} : Pair<T>{left, right};
+                        const long at = input(s, row, col, t);
+                        if (at >= 0) lines[held++] = {dz + ((i * s.rows + row) * s.cols + col) * s.O, x + i * s.image() + at};
                     }
             for (long part = 0, parts = (held + PAIRS - 1) / PAIRS; part < parts; part++) {
                 const long begin = part * held / parts, end = (part + 1) * held / parts;
-                if (TURNED)
-                    outers(&lines[begin], end - begin, K, s.O, dweight + t * K * s.O, s.O);
-                else
-                    outers(&lines[begin], end - begin, s.O, K, dweight + t * K, In::TAPS * K);
+                outers(&lines[begin], end - begin, s.O, s.C, dweight + t * s.C, 9 * s.C);
             }
         }
 }
@@ -318,39 +293,15 @@ template <class T> void turn(const T* from, long height, long width, T* to) {
 
 // A thread's memory.
 template <class T> struct Work {
-    Memory<T> bordered, turned, other_turned, dz, sums;
+    Memory<T> turned, other_turned, dz, sums, bordered, patches, y;
     std::vector<Pair<T>> lines;
 };
 
-// A convolution that knows whether its input has few colours. `x` as `seen` gave it, weights turned where they meet x.
-template <class T> struct Convolution {
-    const Shape& s;
-    bool few = s.C % LANES<T> != 0;
-
-    const T* seen(const T* x, Work<T>& work) const {
-        if (!few) return x;
-        const long line = (s.w + 2) * s.C;
-        T* to = work.bordered.room(s.n * (s.h + 2) * line);
-        std::fill(to, to + s.n * (s.h + 2) * line, T(0));
-        for (long i = 0; i < s.n; i++)
-            for (long y = 0; y < s.h; y++) std::copy_n(x + (i * s.h + y) * s.w * s.C, s.w * s.C, to + (i * (s.h + 2) + y + 1) * line + s.C);
-        return to;
-    }
-    const T* turned(const T* weight, Memory<T>& memory) const {
-        T* to = memory.room(9 * s.C * s.O);
-        turn(weight, s.O, 9 * s.C, to);
-        return to;
-    }
-    template <class G> void z(const Pair<T>* pairs, int count, T* z, G done) const {
-        few ? product<T, Few>(s, pairs, count, z, done) : product<T, Wide>(s, pairs, count, z, done);
-    }
-    void on_weight(const T* dz, const T* x, T* dweight, Work<T>& work) const {
-        if (!few) return product_on_weight<T, Wide>(s, dz, x, dweight, work.lines);
-        T* turned = work.turned.room(9 * s.C * s.O);
-        product_on_weight<T, Few>(s, dz, x, turned, work.lines);
-        turn(turned, 9 * s.C, s.O, dweight);
-    }
-};
+template <class T> const T* turned(const Shape& s, const T* weight, Memory<T>& memory) {
+    T* to = memory.room(9 * s.C * s.O);
+    turn(weight, s.O, 9 * s.C, to);
+    return to;
+}
 
 // One task's block: a = relu(y), pooled or not, y = gain zh + shift, zh = scale (z - mean).
 template <class T> struct Task {
@@ -364,7 +315,7 @@ template <class T> struct Task {
 // positions lie in z, through[M]: whether da reaches them, p: where the output lies in a, -1 for what pooling leaves out, c: its channel.
 inline long bands(const Shape& s) { return s.n * (s.pooled ? (s.rows + 1) / 2 : s.rows); }
 
-template <class T, class F> inline void band(const Shape& s, const Task<T>& t, long band, F f) {
+template <class T, class Y, class F> inline void band(const Shape& s, const Y& t, long band, F f) {
     const long O = s.O;
     if (!s.pooled) {
         for (long p = band * s.cols; p < (band + 1) * s.cols; p++)
@@ -404,6 +355,16 @@ template <class T, class F> inline void band(const Shape& s, const Task<T>& t, l
     }
 }
 
+// a of a band.
+template <class T, class Y> void activate(const Shape& s, const Y& y, long b, T* to) {
+    band<T>(s, y, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
+        if (p < 0) return;
+        V<T> a = {};
+        for (int k = 0; k < M; k++) a = through[k] ? y.y(at[k], c) : a;
+        store(to + p, a);
+    });
+}
+
 // The band that is whole once an image's row is, or -1.
 inline long whole_band(const Shape& s, long image, long row) {
     if (!s.pooled) return image * s.rows + row;
@@ -414,7 +375,7 @@ inline long whole_band(const Shape& s, long image, long row) {
 // f as above, with S sums [O] behind the others.
 template <class T, int S, class F> void add_sums(const Shape& s, const Task<T>& t, long b, T* sums, T* part, F f) {
     std::fill(part, part + S * s.O, T(0));
-    band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) { f(M, at, through, p, c, part + c); });
+    band<T>(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) { f(M, at, through, p, c, part + c); });
     for (long c = 0; c < S * s.O; c += LANES<T>) add(sums + c, load(part + c));
 }
 
@@ -432,23 +393,16 @@ template <class T> void add_moments(const T* z, long count, long before, long O,
 }
 
 template <class T> void forward(const Shape& s, const Task<T>& t, const T* ready, Work<T>& work) {
-    const Convolution<T> convolution{s};
-    const Pair<T> pair{convolution.seen(t.x, work), ready ? ready : convolution.turned(t.weight, work.turned)};
+    const Pair<T> pair{t.x, ready ? ready : turned(s, t.weight, work.turned)};
     const long O = s.O;
     long before = 0;
     std::fill(t.mean, t.mean + O, T(0)), std::fill(t.scale, t.scale + O, T(0));
-    convolution.z(&pair, 1, t.z, [&](long image, long row) {
+    product(s, &pair, 1, t.z, [&](long image, long row) {
         add_moments(t.z + (image * s.rows + row) * s.cols * O, s.cols, before, O, t.mean, t.scale);
         before += s.cols;
     });
     for (long c = 0; c < O; c++) t.scale[c] = 1 / std::sqrt(t.scale[c] / s.positions() + T(EPS));
-    for (long b = 0; b < bands(s); b++)
-        band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
-            if (p < 0) return;
-            V<T> a = {};
-            for (int k = 0; k < M; k++) a = through[k] ? t.y(at[k], c) : a;
-            store(t.a + p, a);
-        });
+    for (long b = 0; b < bands(s); b++) activate(s, t, b, t.a);
 }
 
 // dz = gain scale (dy - mean(dy) - zh mean(dy zh)), and what else there is of it.
@@ -456,7 +410,7 @@ template <class T>
 void to_dz(const Shape& s, const Task<T>& t, const T* da, const T* dgain, const T* dshift, const T* more, T* dz) {
     const V<T> share = every(T(1) / s.positions());
     for (long b = 0; b < bands(s); b++)
-        band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
+        band<T>(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
             const V<T> zero = {}, da_p = p < 0 ? zero : load(da + p);
             for (int k = 0; k < M; k++) {
                 const V<T> inner = (through[k] ? da_p : zero) - share * load(dshift + c) - t.zh(at[k], c) * (share * load(dgain + c));
@@ -468,7 +422,6 @@ void to_dz(const Shape& s, const Task<T>& t, const T* da, const T* dgain, const 
 
 template <class T>
 void first(const Shape& s, const Task<T>& t, const T* da, const T* more, T* dx, T* dweight, T* dgain, T* dshift, Work<T>& work) {
-    const Convolution<T> convolution{s};
     const long O = s.O;
     T *sums = work.sums.room(4 * O), *dz = work.dz.room(s.positions() * O);
     std::fill(sums, sums + 2 * O, T(0));
@@ -485,7 +438,7 @@ void first(const Shape& s, const Task<T>& t, const T* da, const T* more, T* dx, 
         });
     std::copy_n(sums, O, dshift), std::copy_n(sums + O, O, dgain);
     to_dz(s, t, da, dgain, dshift, more, dz);
-    convolution.on_weight(dz, convolution.seen(t.x, work), dweight, work);
+    product_on_weight(s, dz, t.x, dweight, work.lines);
     if (dx) product_on_x(s, dz, t.weight, dx);
 }
 
@@ -497,19 +450,18 @@ template <class T> struct Second {  // cotangents of the first derivative, and w
 // norm_second of models/convolution.py, with q for ddz, between the products on both sides. z's other products, on x and on the weight,
 // follow when `first` has the rest of on_z too.
 template <class T> void second(const Shape& s, const Task<T>& t, const Second<T>& d, const T* ready, Work<T>& work) {
-    const Convolution<T> convolution{s};
     const long count = s.positions(), O = s.O;
     T *q = d.on_z, *sums = work.sums.room(9 * O);
-    Pair<T> pairs[2] = {{convolution.seen(t.x, work), convolution.turned(d.ddweight, work.other_turned)}};
+    Pair<T> pairs[2] = {{t.x, turned(s, d.ddweight, work.other_turned)}};
     if (d.ddx) {
         T* dz = work.dz.room(count * O);
         to_dz<T>(s, t, d.da, d.dgain, d.dshift, nullptr, dz);
-        convolution.on_weight(dz, d.ddx, d.on_weight, work);
+        product_on_weight(s, dz, d.ddx, d.on_weight, work.lines);
         product_on_x(s, dz, d.ddweight, d.on_x);
-        pairs[1] = {d.ddx, ready ? ready : convolution.turned(t.weight, work.turned)};
+        pairs[1] = {d.ddx, ready ? ready : turned(s, t.weight, work.turned)};
     }
     std::fill(sums, sums + 3 * O, T(0));
-    convolution.z(pairs, d.ddx ? 2 : 1, q, [&](long image, long row) {
+    product(s, pairs, d.ddx ? 2 : 1, q, [&](long image, long row) {
         const long b = whole_band(s, image, row);
         if (b < 0) return;
         add_sums<T, 3>(s, t, b, sums, sums + 3 * O, [&](auto M, const long* at, const Mask<T>* through, long p, long c, T* part) {
@@ -537,7 +489,7 @@ template <class T> void second(const Shape& s, const Task<T>& t, const Second<T>
         e3[c] = -scale * ((u * along[c] + v * d.dgain[c]) / count + slope * projected / count);
     }
     for (long b = 0; b < bands(s); b++)
-        band(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
+        band<T>(s, t, b, [&](auto M, const long* at, const Mask<T>* through, long p, long c) {
             const V<T> zero = {}, da = p < 0 ? zero : load(d.da + p);
             V<T> on_da = {};
             for (int k = 0; k < M; k++) {
@@ -550,35 +502,258 @@ template <class T> void second(const Shape& s, const Task<T>& t, const Second<T>
         });
 }
 
+// The block that takes data. Its z = w . X, of a patch X of 9 C numbers: X's mean and covariance make z's moments, and all sums over
+// positions that the second derivative needs, products of small matrices. So z is kept nowhere: each pass computes y anew, one product of
+// the patches with a weight that has the normalisation in it.
+
+template <class T> struct Patches {
+    const Shape& s;
+    const long size, part, apart;  // of a patch; of a row of its window, in whole vectors; from one patch to the next
+    explicit Patches(const Shape& s)
+        : s(s), size(9 * s.C), part(whole(3 * s.C)), apart(std::max(6 * s.C + part, whole(size + 1))) {}
+    static long whole(long numbers) { return (numbers + LANES<T> - 1) / LANES<T> * LANES<T>; }
+
+    template <class From> const T* bordered(const From* x, Memory<T>& memory) const {
+        const long line = (s.w + 2) * s.C, all = s.n * (s.h + 2) * line + LANES<T>;  // the last patch is read beyond its end
+        T* to = memory.room(all);
+        std::fill(to, to + all, T(0));
+        for (long i = 0; i < s.n; i++)
+            for (long y = 0; y < s.h; y++)
+                std::copy_n(x + (i * s.h + y) * s.w * s.C, s.w * s.C, to + (i * (s.h + 2) + y + 1) * line + s.C);
+        return to;
+    }
+
+    // Those of a row of outputs, each with a one behind it.
+    void fill(const T* bordered, long image, long row, T* to) const {
+        for (long col = 0; col < s.cols; col++, to += apart) {
+            const T* from = bordered + ((image * (s.h + 2) + row * s.stride) * (s.w + 2) + col * s.stride) * s.C;
+            for (T* line = to; line < to + size; line += 3 * s.C, from += (s.w + 2) * s.C)
+                for (long k = 0; k < part; k += LANES<T>) store(line + k, load(from + k));  // the next line ends this one
+            to[size] = 1;
+        }
+    }
+
+    // to [count, O]: with a weight [size + 1, O].
+    void product(const T* patches, long count, const T* weight, T* to) const {
+        const int wide = vectors<T>(s.O);
+        const long groups = (count + IMAGES - 1) / IMAGES;
+        for (long g = 0; g < groups; g++) {
+            const long first = g * count / groups, next = (g + 1) * count / groups;
+            const Tile<T> sum = tile_of<T>(next - first, wide);
+            for (long column = 0; column < s.O; column += wide * LANES<T>) {
+                const Pair<T> pair{patches + first * apart, weight + column};
+                sum(&pair, 1, apart, size + 1, s.O, to + first * s.O + column, s.O);
+            }
+        }
+    }
+
+    // sums [height, width] += products of patches with `others`, which lie their_apart.
+    long height() const { return (size + 4) / 4 * 4; }  // size + 1, as `outers` takes it
+    void add_products(const T* patches, long count, const T* others, long their_apart, long width, T* sums,
+                      std::vector<Pair<T>>& lines) const {
+        lines.resize(count);
+        for (long p = 0; p < count; p++) lines[p] = {patches + p * apart, others + p * their_apart};
+        outers_of<T>(height(), width)(lines.data(), count, height(), width, sums, width);
+    }
+};
+
+// The patches' covariance [size, size] and mean [size], in double: the mean may be large beside the rest.
+template <class T> void take_moments(const Shape& s, const T* x, double* moments, Work<double>& work) {
+    const Patches<double> patches(s);
+    const long size = patches.size, width = patches.whole(size + 1), count = s.positions();
+    const double* bordered = patches.bordered(x, work.bordered);
+    double *row = work.patches.room(s.cols * patches.apart), *sums = work.sums.room(patches.height() * width);
+    std::fill(sums, sums + patches.height() * width, 0.0);
+    for (long i = 0; i < s.n; i++)
+        for (long y = 0; y < s.rows; y++) {
+            patches.fill(bordered, i, y, row);
+            patches.add_products(row, s.cols, row, patches.apart, width, sums, work.lines);
+        }
+    double* mean = moments + size * size;
+    for (long k = 0; k < size; k++) mean[k] = sums[size * width + k] / count;
+    for (long i = 0; i < size; i++)
+        for (long k = 0; k < size; k++) moments[i * size + k] = sums[i * width + k] / count - mean[i] * mean[k];
+}
+
+template <class T> struct Rows {  // y of a band that begins at `start`
+    const T* rows;
+    long start;
+    V<T> y(long at, long) const { return load(rows + at - start); }
+};
+
+using Numbers = std::vector<double>;
+
+// One task's, ready for a pass: matrices [size, O], for each output a column.
+template <class T> struct Data {
+    const Shape& s;
+    const Task<T>& t;
+    Work<T>& work;
+    const Patches<T> patches{s};
+    const long size = patches.size, O = s.O;
+    const double *covariance, *mean;
+    const T *x = patches.bordered(t.x, work.bordered), *y_weight;
+    Numbers weight, weighted, scale;  // `weighted`: times the covariance
+
+    Data(const Shape& s, const Task<T>& t, const double* moments, Work<T>& work)
+        : s(s), t(t), work(work), covariance(moments), mean(moments + size * size), weight(turned(t.weight)),
+          weighted(times_covariance(weight)), scale(dot(weight, weighted.data())) {
+        Numbers slope(O);
+        for (long c = 0; c < O; c++) scale[c] = 1 / std::sqrt(scale[c] + EPS), slope[c] = t.gain[c] * scale[c];
+        Numbers matrix(weight);
+        for (long i = 0; i < size * O; i++) matrix[i] *= slope[i % O];
+        y_weight = affine(matrix, t.shift, work.turned);
+    }
+    Numbers turned(const T* from) const {
+        Numbers to(size * O);
+        for (long i = 0; i < size; i++)
+            for (long c = 0; c < O; c++) to[i * O + c] = from[c * size + i];
+        return to;
+    }
+    Numbers times_covariance(const Numbers& a) const {
+        Numbers to(size * O);
+        for (long i = 0; i < size; i++)
+            for (long k = 0; k < size; k++)
+                for (long c = 0; c < O; c++) to[i * O + c] += covariance[i * size + k] * a[k * O + c];
+        return to;
+    }
+    Numbers dot(const Numbers& a, const double* b) const {
+        Numbers to(O);
+        for (long i = 0; i < size; i++)
+            for (long c = 0; c < O; c++) to[c] += a[i * O + c] * b[i * O + c];
+        return to;
+    }
+    // [size + 1, O], for `product`: X - mean with a matrix, and a row beside it.
+    const T* affine(const Numbers& matrix, const T* row, Memory<T>& memory) const {
+        T* to = memory.room((size + 1) * O);
+        Numbers bias(row, row + O);
+        for (long i = 0; i < size; i++)
+            for (long c = 0; c < O; c++) to[i * O + c] = matrix[i * O + c], bias[c] -= matrix[i * O + c] * mean[i];
+        std::copy_n(bias.data(), O, to + size * O);
+        return to;
+    }
+
+    // For each of an image's bands f(band, y, its patches, how many).
+    template <class F> void bands_of(long image, F f) const {
+        const long height = s.pooled ? 2 : 1, each = bands(s) / s.n;
+        T *patch = work.patches.room(height * s.cols * patches.apart), *y = work.y.room(height * s.cols * O);
+        for (long b = 0; b < each; b++) {
+            const long row = b * height, rows = std::min(height, s.rows - row);
+            for (long r = 0; r < rows; r++) patches.fill(x, image, row + r, patch + r * s.cols * patches.apart);
+            patches.product(patch, rows * s.cols, y_weight, y);
+            f(image * each + b, Rows<T>{y, (image * s.rows + row) * s.cols * O}, patch, rows * s.cols);
+        }
+    }
+};
+
+template <class T> void forward_of_data(const Shape& s, const Task<T>& t, double* moments, Work<T>& work, Work<double>& other) {
+    take_moments(s, t.x, moments, other);
+    const Data<T> data(s, t, moments, work);
+    for (long i = 0; i < s.n; i++)
+        data.bands_of(i, [&](long b, const Rows<T>& y, const T*, long) { activate(s, y, b, t.a); });
+}
+
+// sums [size + 1, O]: <dy, X - mean> and <dy, 1>.
+template <class T>
+void first_of_data(const Shape& s, const Task<T>& t, const double* moments, const T* da, T* dweight, T* dgain, T* dshift, double* sums,
+                   Work<T>& work) {
+    const Data<T> data(s, t, moments, work);
+    const long size = data.size, O = s.O, height = data.patches.height();
+    T *dy = work.dz.room(2 * s.cols * O), *part = work.sums.room(height * O);
+    std::fill(sums, sums + (size + 1) * O, 0.0);
+    for (long i = 0; i < s.n; i++) {
+        std::fill(part, part + height * O, T(0));
+        data.bands_of(i, [&](long b, const Rows<T>& y, const T* patches, long count) {
+            band<T>(s, y, b, [&](auto M, const long* at, const Mask<T>* through, long p, long) {
+                const V<T> zero = {}, da_p = p < 0 ? zero : load(da + p);
+                for (int k = 0; k < M; k++) store(dy + at[k] - y.start, through[k] ? da_p : zero);
+            });
+            data.patches.add_products(patches, count, dy, O, O, part, work.lines);
+        });
+        for (long k = 0; k < (size + 1) * O; k++) sums[k] += part[k];
+    }
+    for (long k = 0; k < size; k++)
+        for (long c = 0; c < O; c++) sums[k * O + c] -= data.mean[k] * sums[size * O + c];
+    const Numbers along = data.dot(data.weight, sums);
+    for (long c = 0; c < O; c++) {
+        const double scale = data.scale[c], slope = t.gain[c] * scale;
+        dshift[c] = sums[size * O + c], dgain[c] = scale * along[c];
+        for (long k = 0; k < size; k++)
+            dweight[c * size + k] = slope * (sums[k * O + c] - scale * scale * along[c] * data.weighted[k * O + c]);
+    }
+}
+
+// `second` with its sums as such products, v for ddweight; on_z's product with x is in on_weight.
+template <class T>
+void second_of_data(const Shape& s, const Task<T>& t, const double* moments, const Second<T>& d, const double* sums, Work<T>& work) {
+    const Data<T> data(s, t, moments, work);
+    const long size = data.size, O = s.O;
+    const Numbers v = data.turned(d.ddweight), v_weighted = data.times_covariance(v), v_z = data.dot(v, data.weighted.data()),
+                  v_dy = data.dot(v, sums), z_dy = data.dot(data.weight, sums);
+    Numbers matrix(v);
+    for (long c = 0; c < O; c++) {
+        const double scale = data.scale[c], slope = t.gain[c] * scale, along = scale * v_z[c], dgain = scale * z_dy[c];
+        const double projected = v_dy[c] - along * dgain, u = -slope * dgain, dy1 = d.ddgain[c] - slope * along;
+        const double e3 = -scale * (u * along + dy1 * dgain + slope * projected);
+        d.on_gain[c] = scale * projected;
+        for (long k = 0, at = c; k < size; k++, at += O) {
+            matrix[at] = slope * v[at] + dy1 * scale * data.weight[at];
+            d.on_weight[c * size + k] = scale * (u * v_weighted[at] + dy1 * sums[at] + e3 * data.weighted[at]);
+        }
+    }
+    const T* on_dy_weight = data.affine(matrix, d.ddshift, work.other_turned);
+    T* on_dy = work.dz.room(2 * s.cols * O);
+    for (long i = 0; i < s.n; i++)
+        data.bands_of(i, [&](long b, const Rows<T>& y, const T* patches, long count) {
+            data.patches.product(patches, count, on_dy_weight, on_dy);
+            band<T>(s, y, b, [&](auto M, const long* at, const Mask<T>* through, long p, long) {
+                if (p < 0) return;
+                V<T> on_da = {};
+                for (int k = 0; k < M; k++) on_da = through[k] ? load(on_dy + at[k] - y.start) : on_da;
+                store(d.on_da + p, on_da);
+            });
+        });
+}
+
 // What models/native.py passes: sizes and, for each tensor, where it is and how far tasks lie apart in it (0: they share it).
 struct Call {
-    int64_t tasks, threads, pooled, n, h, w, C, O, stride;
+    int64_t tasks, threads, pooled, data, n, h, w, C, O, stride;
+};
+template <class T> struct Of {
+    T* at;
+    int64_t apart;
+    T* of(int64_t task) const { return at ? at + task * apart : nullptr; }
 };
 template <class T> struct Tensors {
-    struct One {
-        T* at;
-        int64_t apart;
-        T* of(int64_t task) const { return at ? at + task * apart : nullptr; }
-    } x, weight, gain, shift, a, z, mean, scale, da, dx, dweight, dgain, dshift, ddx, ddweight, ddgain, ddshift, on_da, on_x, on_weight,
+    Of<T> x, weight, gain, shift, a, z, mean, scale, da, dx, dweight, dgain, dshift, ddx, ddweight, ddgain, ddshift, on_da, on_x, on_weight,
         on_z, on_gain, more;
+    Of<double> moments, sums;
 };
 
 template <class T> void run(const Call& call, const Tensors<T>& m, int order) {
     const Shape s{call.n, call.h, call.w, call.C, (call.h - 1) / call.stride + 1, (call.w - 1) / call.stride + 1, call.O, int(call.stride),
                   call.pooled != 0};
     Memory<T> memory;
-    const T* ready = order != 1 && m.weight.apart == 0 ? Convolution<T>{s}.turned(m.weight.at, memory) : nullptr;
+    const T* ready = order != 1 && m.weight.apart == 0 && !call.data ? turned(s, m.weight.at, memory) : nullptr;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call.threads) if (call.threads > 1 && call.tasks > 1)
     for (int64_t i = 0; i < call.tasks; i++) {
         static thread_local Work<T> work;
         const Task<T> t{m.x.of(i), m.weight.of(i), m.gain.of(i), m.shift.of(i), m.a.of(i), m.z.of(i), m.mean.of(i), m.scale.of(i)};
-        if (order == 0)
+        const Second<T> d{m.ddx.of(i), m.ddweight.of(i), m.ddgain.of(i), m.ddshift.of(i), m.da.of(i), m.dgain.of(i), m.dshift.of(i),
+                          m.on_da.of(i), m.on_x.of(i), m.on_weight.of(i), m.on_z.of(i), m.on_gain.of(i)};
+        if (call.data) {
+            static thread_local Work<double> other;
+            if (order == 0)
+                forward_of_data(s, t, m.moments.of(i), work, other);
+            else if (order == 1)
+                first_of_data(s, t, m.moments.of(i), m.da.of(i), m.dweight.of(i), m.dgain.of(i), m.dshift.of(i), m.sums.of(i), work);
+            else
+                second_of_data(s, t, m.moments.of(i), d, m.sums.of(i), work);
+        } else if (order == 0)
             forward(s, t, ready, work);
         else if (order == 1)
             first(s, t, m.da.of(i), m.more.of(i), m.dx.of(i), m.dweight.of(i), m.dgain.of(i), m.dshift.of(i), work);
         else
-            second(s, t, Second<T>{m.ddx.of(i), m.ddweight.of(i), m.ddgain.of(i), m.ddshift.of(i), m.da.of(i), m.dgain.of(i),
-                   m.dshift.of(i), m.on_da.of(i), m.on_x.of(i), m.on_weight.of(i), m.on_z.of(i), m.on_gain.of(i)}, ready, work);
+            second(s, t, d, ready, work);
     }
 }
 

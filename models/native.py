@@ -25,12 +25,12 @@ SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", f"-DEPS={EPS}")
 CHANNELS = 16  # of which a block's width is a multiple: a vector of any processor
 TENSORS = ("x", "weight", "gain", "shift", "a", "z", "mean", "scale", "da", "dx", "dweight", "dgain", "dshift", "ddx",
-           "ddweight", "ddgain", "ddshift", "on_da", "on_x", "on_weight", "on_z", "on_gain", "more")
+           "ddweight", "ddgain", "ddshift", "on_da", "on_x", "on_weight", "on_z", "on_gain", "more", "moments", "sums")
 FORWARD, FIRST, SECOND = range(3)
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("tasks", "threads", "pooled", "n", "h", "w", "C", "O", "stride")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("tasks", "threads", "pooled", "data", "n", "h", "w", "C", "O", "stride")]
 
 
 class _One(ctypes.Structure):
@@ -91,7 +91,7 @@ def _processor() -> str:
 
 def _run(order: int, stride: int, pooled: bool, outputs: int, **tensors: Tensor | None) -> None:
     x = tensors["x"]
-    call = _Call(len(x), torch.get_num_threads(), pooled, *x.shape[1:], outputs, stride)
+    call = _Call(len(x), torch.get_num_threads(), pooled, "moments" in tensors, *x.shape[1:], outputs, stride)
     packed = _Tensors()
     for name, t in tensors.items():
         if t is not None:
@@ -160,10 +160,60 @@ class _BlockFirst(Function):
         return on_da, None, on_x, on_weight, on_gain, None, on_z, None, None, None, None, None
 
 
+class _DataBlock(Function):
+    """`_Block` of data: of x there is no derivative. Nothing of z's size is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gain, shift, stride, pooled):
+        x, weight, gain, shift = (_rows(t) for t in (x, weight, gain, shift))
+        tasks, images, height, width, colours = x.shape
+        outputs, seen = weight.shape[1], 9 * colours
+        rows, cols = ((size - 1) // stride + 1 for size in (height, width))
+        a = x.new_empty(tasks, images, *((rows // 2, cols // 2) if pooled else (rows, cols)), outputs)
+        moments = x.new_empty(tasks, seen + 1, seen, dtype=torch.float64)
+        _run(FORWARD, stride, pooled, outputs, x=x, weight=weight, gain=gain, shift=shift, a=a, moments=moments)
+        ctx.stride, ctx.pooled = stride, pooled
+        ctx.save_for_backward(x, weight, gain, shift, moments)
+        return a
+
+    @staticmethod
+    def backward(ctx, da):
+        return None, *_DataBlockFirst.apply(da, *ctx.saved_tensors, ctx.stride, ctx.pooled), None, None
+
+
+class _DataBlockFirst(Function):
+    """Its first derivative, whose own is exact; there is no third."""
+
+    @staticmethod
+    def forward(ctx, da, x, weight, gain, shift, moments, stride, pooled):
+        da = _rows(da)
+        tasks, seen, outputs = len(x), moments.shape[-1], weight.shape[1]
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dgain, dshift = x.new_empty(2, tasks, outputs)
+        sums = moments.new_empty(tasks, seen + 1, outputs)
+        _run(FIRST, stride, pooled, outputs, x=x, weight=weight, gain=gain, shift=shift, da=da, dweight=dweight, dgain=dgain,
+             dshift=dshift, moments=moments, sums=sums)
+        ctx.stride, ctx.pooled, ctx.a_shape = stride, pooled, da.shape
+        ctx.save_for_backward(x, weight, gain, shift, moments, sums)
+        return dweight, dgain, dshift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ddweight, ddgain, ddshift):
+        x, weight, gain, shift, moments, sums = ctx.saved_tensors
+        ddweight, ddgain, ddshift = (_rows(t) for t in (ddweight, ddgain, ddshift))
+        on_da, on_weight, on_gain = x.new_empty(ctx.a_shape), torch.empty_like(ddweight), torch.empty_like(ddgain)
+        _run(SECOND, ctx.stride, ctx.pooled, weight.shape[1], x=x, weight=weight, gain=gain, shift=shift, ddweight=ddweight,
+             ddgain=ddgain, ddshift=ddshift, on_da=on_da, on_weight=on_weight, on_gain=on_gain, moments=moments, sums=sums)
+        return on_da, None, on_weight, on_gain, None, None, None, None
+
+
 def block(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor, stride: int, pooled: bool) -> Tensor:
     """x [T, n, h, w, C], weight [T, O, 3, 3, C], gain and shift [T, O] -> a, channels last: convolution with a border of one
     zero, batch normalisation, ReLU, and 2 x 2 max pooling where `pooled`. Raises ValueError unless O is a multiple of CHANNELS,
     and C too or x in no need of a gradient."""
     if weight.shape[1] % CHANNELS or (x.requires_grad and x.shape[-1] % CHANNELS):
         raise ValueError(f"native code takes channels by {CHANNELS}, not {x.shape[-1]} and {weight.shape[1]}")
+    if x.shape[-1] % CHANNELS:
+        return _DataBlock.apply(x, weight, gain, shift, stride, pooled)
     return _Block.apply(x, weight, gain, shift, stride, pooled)[0]

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
+from math import inf
 
 import exactness
 import pytest
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from data.tasks import TaskBatch
 from models import convolution
+from trainer import maml
 from trainer.inner import InnerLoop
 from trainer.maml import adapt, meta_gradient, one_task, task_meta_gradient
 
@@ -92,6 +95,28 @@ def test_computing_inner_steps_anew_gives_the_same_numbers(way: str, steps: int)
                   for recompute in (False, True))
     assert relative(anew.gradient, kept.gradient) < 1e-10
     assert float(anew.alpha_gradient) == pytest.approx(float(kept.alpha_gradient), rel=1e-10)
+
+
+@cache
+def fewest(count: int, slots: int) -> float:
+    """Inner steps computed anew to have each of `count`, the last first, with `slots` phi_k: by trying all there is."""
+    if count == 1:
+        return 0
+    return min((k + fewest(count - k, slots - 1) + fewest(k, slots) for k in range(1, count)), default=0) if slots else inf
+
+
+@pytest.mark.parametrize("steps", (*range(1, 12), 34, 50, 57))
+def test_as_few_inner_steps_as_possible_are_computed_anew(steps: int):
+    problem, calls = Small("conv4"), []
+
+    def forward_tasks(*args):
+        calls.append(1)
+        return problem.model.forward_tasks(*args)
+
+    meta_gradient(problem.apply, problem.loss, problem.theta, problem.alpha / 10, problem.tasks,
+                  InnerLoop(steps, recompute=True), forward_tasks=forward_tasks)
+    way_there, query, way_back = steps, 1, steps
+    assert len(calls) == way_there + query + way_back + fewest(steps, maml.HELD) - (steps - 1)  # the way there holds the first
 
 
 def test_first_order_takes_inner_gradients_as_constants():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import comb
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ Support = Callable[[Params, int, bool], tuple[Params, Tensor, Callable[[Params],
 Query = Callable[[Params, int], tuple[Params, Tensor, Tensor]]  # (phi, k of the step before) -> grad L_te, L_te, accuracy
 
 RECOMPUTE_ABOVE = 8  # inner steps
-FAN_OUT = 2  # segments into which a sweep that recomputes divides the inner loop, again and again
+HELD = 3  # phi_k that a sweep which recomputes has at a time, beside theta
 VMAP_INPUTS = 2**14  # numbers that the inputs of one task hold: above, vmap is slower on a CPU than one task after the other
 CHUNK_INPUTS = 2**19  # numbers that the inputs of a chunk of tasks hold, by default, on a CPU: more no longer gains time
 
@@ -196,7 +197,10 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         return _Step(direction, value, pullback, _scaled(loop.weights[k - 1], query(phi, k - 1)[0]) if wanted else None)
 
     phi, kept, moved, lengths = theta, [], None, []
+    held = dict.fromkeys(_first_held(loop.steps, HELD) if recompute else ())  # phi_k
     for k in range(loop.steps):
+        if k in held:
+            held[k] = phi
         step = visit(phi, k, not recompute)
         if k == 0:
             support_loss = step.support_loss
@@ -212,10 +216,15 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
         adjoint = _scaled(loop.weights[-1], adjoint)
     per_rate = "layer" if shape == "layer_step" else shape
     steepness = _products(adjoint, adjoint, axes, names, per_rate).sqrt()
+    length = torch.stack(lengths, -2) if lengths else _products(moved, moved, axes, names, per_rate).sqrt()
+    if loop.order != "reptile":
+        del phi, moved
 
     alpha_gradient, rows = torch.zeros_like(steepness), []
-    backward = _again(visit, rates, theta, 0, loop.steps) if recompute else _drain(kept)
-    for k, step in zip(reversed(range(loop.steps)), backward):
+    again = _again(visit, rates, theta, 0, loop.steps, HELD, held) if recompute else None
+    for k in reversed(range(loop.steps)):
+        step = None  # its graph goes before the next is made
+        step = next(again) if recompute else kept.pop()
         product = _products(adjoint, step.direction, axes, names, per_rate)
         alpha_gradient = alpha_gradient - product
         if shape == "layer_step":
@@ -226,37 +235,42 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
             steepness = steepness + _products(step.query, step.query, axes, names, per_rate).sqrt()
             adjoint = _plus(adjoint, step.query, axes=axes)
     if shape == "layer_step":
-        alpha_gradient, norm = torch.stack(rows[::-1], -2), torch.stack(lengths, -2) * steepness[..., None, :]
-    else:
-        norm = steepness * _products(moved, moved, axes, names, per_rate).sqrt()
+        alpha_gradient, steepness = torch.stack(rows[::-1], -2), steepness[..., None, :]
     if loop.order == "reptile":  # Nichol, Achiam, Schulman 2018: (theta - theta') / alpha
         adjoint = {name: moved[name] if name in moved else torch.zeros_like(p) for name, p in theta.items()}
-    return MetaGradient(adjoint, alpha_gradient, norm, loss, accuracy, support_loss)
+    return MetaGradient(adjoint, alpha_gradient, length * steepness, loss, accuracy, support_loss)
 
 
-def _drain(kept: list[_Step]) -> Iterator[_Step]:
-    while kept:
-        yield kept.pop()
+def _again(visit: Callable[[Params, int, bool], _Step], rates: list[Params], phi: Params, first: int, end: int, slots: int,
+           held: dict[int, Params]) -> Iterator[_Step]:
+    """The inner steps from phi = phi_first to before `end`, the last first, computed anew with at most `slots` phi_k beside
+    phi. `held`: phi_k that the first way forward left."""
+
+    def later(at: int) -> Params:
+        moved = phi
+        for k in range(first, at):
+            moved = _moved(moved, rates[k], visit(moved, k, False).direction)
+        return moved
+
+    while end - first > 1:
+        at = first + _until_held(end - first, slots)
+        yield from _again(visit, rates, held.pop(at, None) or later(at), at, end, slots - 1, held)
+        end = at
+    yield visit(phi, first, True)
 
 
-def _again(visit: Callable[[Params, int, bool], _Step], rates: list[Params], phi: Params, first: int,
-           count: int) -> Iterator[_Step]:
-    """The `count` inner steps from phi = phi_first, the last first, computed anew: holds FAN_OUT phi_k for each level of
-    FAN_OUT^levels >= steps instead of all of them (checkpointing in the sense of Griewank 1992)."""
-    if count == 1:
-        yield visit(phi, first, True)
-        return
-    size = -(-count // FAN_OUT)
-    starts = [phi]
-    for k in range(size * ((count - 1) // size)):
-        phi = _moved(phi, rates[first + k], visit(phi, first + k, False).direction)
-        if (k + 1) % size == 0:
-            starts.append(phi)
-    last = count - size * (len(starts) - 1)
-    del phi
-    while starts:
-        yield from _again(visit, rates, starts.pop(), first + size * len(starts), last)
-        last = size
+def _until_held(count: int, slots: int) -> int:
+    """After how many of `count` steps the first of `slots` phi_k is held, so that as few as possible are computed anew:
+    binomial checkpointing (Griewank 1992). Where each is computed anew `repeats` times, (slots + repeats over slots) can be."""
+    repeats = next(r for r in range(1, count) if comb(slots + r, slots) >= count)
+    return max(1, comb(slots + repeats - 2, slots), count - comb(slots + repeats - 1, slots - 1))
+
+
+def _first_held(end: int, slots: int) -> Iterator[int]:
+    at = 0
+    while end - at > 1:
+        at, slots = at + _until_held(end - at, slots), slots - 1
+        yield at
 
 
 def task_meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, task: TaskBatch,
