@@ -145,6 +145,8 @@ void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long w
                 const int count = taps_at(row, col, taps);
                 for (int t = 0; t < count; t++) taps[t].a += first * apart;
                 T* to = out + ((first * rows + row) * cols + col) * width;
+                for (long i = 0; i < next - first; i++)
+                    for (long k = 0; k < width; k += 64 / sizeof(T)) __builtin_prefetch(to + i * rows * cols * width + k, 1);
                 for (long column = 0; column < width; column += wide * LANES<T>) {
                     sum(taps, count, apart, K, ldb, to + column, rows * cols * width);
                     for (int t = 0; t < count; t++) taps[t].b += wide * LANES<T>;
@@ -207,46 +209,56 @@ template <class T, int M, int NV> void outer(const Pair<T>* pairs, int count, lo
         for (int j = 0; j < NV; j++) store(weight + (i0 + i) * apart + j0 + j * LANES<T>, sums[i][j]);
 }
 
-template <class T, int M, int NV> void outers(const Pair<T>* pairs, int count, long height, long width, T* weight, long apart) {
-    for (long j = 0; j < width; j += NV * LANES<T>)
-        for (long i = 0; i < height; i += M) outer<T, M, NV>(pairs, count, i, j, weight, apart);
+template <class T> using Outer = void (*)(const Pair<T>*, int, long, long, T*, long);
+
+template <class T, int NV> Outer<T> outer_of(long rows) {
+    switch (rows) {
+        case 1: return outer<T, 1, NV>;
+        case 2: return outer<T, 2, NV>;
+        case 3: return outer<T, 3, NV>;
+        case 4: return outer<T, 4, NV>;
+        case 5: return outer<T, 5, NV>;
+        default: return outer<T, 6, NV>;
+    }
 }
 
-template <class T> using Outers = void (*)(const Pair<T>*, int, long, long, T*, long);
-
-// Rows for `height`, a multiple of 4 or of 3: as many sums as keep both units of the processor busy.
-template <class T, int NV> Outers<T> outers_of(long height) {
-    if (NV > 2) return height % 4 ? outers<T, 3, NV> : outers<T, 4, NV>;
-    if (height % 8 == 0) return outers<T, 8, NV>;
-    if (height % 9 == 0) return outers<T, 9, NV>;
-    return height % 4 ? outers<T, 3, NV> : outers<T, 4, NV>;
+template <class T> Outer<T> outer_of(long rows, int wide) {
+    switch (wide) {
+        case 4: return outer_of<T, 4>(rows);
+        case 3: return outer_of<T, 3>(rows);
+        case 2: return outer_of<T, 2>(rows);
+        default: return outer_of<T, 1>(rows);
+    }
 }
 
 // weight [height, width], rows `apart`: += sum over pairs of a [height] with b [width].
-template <class T> Outers<T> outers_of(long height, long width) {
-    switch (vectors<T>(width)) {
-        case 4: return outers_of<T, 4>(height);
-        case 3: return outers_of<T, 3>(height);
-        case 2: return outers_of<T, 2>(height);
-        default: return outers_of<T, 1>(height);
+template <class T> void outers(const Pair<T>* pairs, int count, long height, long width, T* weight, long apart) {
+    const int wide = vectors<T>(width);
+    const long groups = (height + IMAGES - 1) / IMAGES;
+    for (long g = 0; g < groups; g++) {
+        const long first = g * height / groups, next = (g + 1) * height / groups;
+        const Outer<T> sum = outer_of<T>(next - first, wide);
+        for (long column = 0; column < width; column += wide * LANES<T>) sum(pairs, count, first, column, weight, apart);
     }
 }
 
 // d weight: dz with x.
 template <class T> void product_on_weight(const Shape& s, const T* dz, const T* x, T* dweight, std::vector<Pair<T>>& lines) {
     const long step = std::max(1L, PAIRS / (s.n * s.cols));
-    const Outers<T> outers = outers_of<T>(s.O, s.C);
     std::fill(dweight, dweight + 9 * s.C * s.O, T(0));
     lines.resize(step * s.n * s.cols);
     for (long first = 0; first < s.rows; first += step)  // what fits the second cache, for all taps
         for (int t = 0; t < 9; t++) {
             long held = 0;
-            for (long row = first; row < std::min(first + step, s.rows); row++)
-                for (long i = 0; i < s.n; i++)
-                    for (long col = 0; col < s.cols; col++) {
-                        const long at = input(s, row, col, t);
-                        if (at >= 0) lines[held++] = {dz + ((i * s.rows + row) * s.cols + col) * s.O, x + i * s.image() + at};
-                    }
+            for (long row = first; row < std::min(first + step, s.rows); row++) {
+                const long y = row * s.stride + t / 3 - 1, left = t % 3 - 1;
+                if (y < 0 || y >= s.h) continue;
+                for (long i = 0; i < s.n; i++) {
+                    const T *of_dz = dz + (i * s.rows + row) * s.cols * s.O, *of_x = x + i * s.image() + (y * s.w + left) * s.C;
+                    for (long col = left < 0; col < s.cols && col * s.stride + left < s.w; col++)
+                        lines[held++] = {of_dz + col * s.O, of_x + col * s.stride * s.C};
+                }
+            }
             for (long part = 0, parts = (held + PAIRS - 1) / PAIRS; part < parts; part++) {
                 const long begin = part * held / parts, end = (part + 1) * held / parts;
                 outers(&lines[begin], end - begin, s.O, s.C, dweight + t * s.C, 9 * s.C);
@@ -553,7 +565,7 @@ template <class T> struct Patches {
                       std::vector<Pair<T>>& lines) const {
         lines.resize(count);
         for (long p = 0; p < count; p++) lines[p] = {patches + p * apart, others + p * their_apart};
-        outers_of<T>(height(), width)(lines.data(), count, height(), width, sums, width);
+        outers(lines.data(), count, height(), width, sums, width);
     }
 };
 
@@ -663,6 +675,8 @@ void first_of_data(const Shape& s, const Task<T>& t, const double* moments, cons
     for (long i = 0; i < s.n; i++) {
         std::fill(part, part + height * O, T(0));
         data.bands_of(i, [&](long b, const Rows<T>& y, const T* patches, long count) {
+            for (long k = 0, next = (s.pooled ? s.cols / 2 : s.cols) * O; k < next; k += 64 / sizeof(T))
+                __builtin_prefetch(da + (b + 1) * next + k);
             band<T>(s, y, b, [&](auto M, const long* at, const Mask<T>* through, long p, long) {
                 const V<T> zero = {}, da_p = p < 0 ? zero : load(da + p);
                 for (int k = 0; k < M; k++) store(dy + at[k] - y.start, through[k] ? da_p : zero);
@@ -757,9 +771,36 @@ template <class T> void run(const Call& call, const Tensors<T>& m, int order) {
     }
 }
 
+// to [tasks, parts]: the sums of a b over each of a task's parts, of so many `sizes`; products in T, sums in double.
+template <class T>
+void products(int64_t tasks, int64_t threads, int64_t parts, const int64_t* sizes, const Of<const T>* a, const Of<const T>* b, double* to) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1)
+    for (int64_t i = 0; i < tasks; i++)
+        for (int64_t k = 0; k < parts; k++) {
+            const T *left = a[k].of(i), *right = b[k].of(i);
+            constexpr int L = 2 * LANES<double>;
+            double sums[L] = {};
+            long at = 0;
+            for (; at + L <= sizes[k]; at += L)
+                for (int l = 0; l < L; l++) sums[l] += left[at + l] * right[at + l];
+            for (; at < sizes[k]; at++) sums[0] += left[at] * right[at];
+            double sum = 0;
+            for (double part : sums) sum += part;
+            to[i * parts + k] = sum;
+        }
+}
+
 }  // namespace
 
 extern "C" {
 void run_float(const Call* call, const Tensors<float>* tensors, int order) { run(*call, *tensors, order); }
 void run_double(const Call* call, const Tensors<double>* tensors, int order) { run(*call, *tensors, order); }
+void products_float(int64_t tasks, int64_t threads, int64_t parts, const int64_t* sizes, const Of<const float>* a,
+                    const Of<const float>* b, double* to) {
+    products(tasks, threads, parts, sizes, a, b, to);
+}
+void products_double(int64_t tasks, int64_t threads, int64_t parts, const int64_t* sizes, const Of<const double>* a,
+                     const Of<const double>* b, double* to) {
+    products(tasks, threads, parts, sizes, a, b, to);
+}
 }

@@ -1,4 +1,5 @@
-"""models.convolution's blocks as native code on a CPU: models/native.cpp, compiled once for each kind of processor.
+"""models.convolution's blocks, and inner products, as native code on a CPU: models/native.cpp, compiled once for each kind of
+processor.
 
 Each of torch's operations passes over the activations of all tasks; native code takes one task through a whole block, and its
 products leave out what lies on the border (tests/benchmarks/RESULTS.md).
@@ -11,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,6 +57,11 @@ def enabled(model: nn.Module, folder: Path, compiler: str) -> bool:
     return True
 
 
+def loaded() -> bool:
+    """Whether a model in this process has been `enabled`."""
+    return _library is not None
+
+
 def _loaded(folder: Path, compiler: str) -> ctypes.CDLL:
     # The processor belongs to the name: a home may be shared by machines of several kinds.
     made_of = (SOURCE.read_bytes(), *(x.encode() for x in (*FLAGS, compiler, _processor())))
@@ -95,14 +102,33 @@ def _run(order: int, stride: int, pooled: bool, outputs: int, **tensors: Tensor 
     packed = _Tensors()
     for name, t in tensors.items():
         if t is not None:
-            setattr(packed, name, _One(t.data_ptr(), t.stride(0) if len(t) > 1 else 0))
-    function = _library.run_float if x.dtype is torch.float32 else _library.run_double
-    function(ctypes.byref(call), ctypes.byref(packed), order)
+            setattr(packed, name, _one(t))
+    _function("run", x)(ctypes.byref(call), ctypes.byref(packed), order)
+
+
+def _function(name: str, x: Tensor) -> Callable:
+    return getattr(_library, f"{name}_{'float' if x.dtype is torch.float32 else 'double'}")
+
+
+def _one(t: Tensor) -> _One:
+    return _One(t.data_ptr(), t.stride(0) if t.size(0) > 1 else 0)
 
 
 def _rows(t: Tensor) -> Tensor:
     """t, with each task's part contiguous; tasks may share one."""
-    return t if t[0].is_contiguous() else t.contiguous()
+    return t if t.is_contiguous() or t[0].is_contiguous() else t.contiguous()
+
+
+def products(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """sum(a b) over each tensor [T, ...] but for its first axis: float64 [T, N], products in the tensors' own type. Only where
+    native code is `loaded`. torch would write the products, write them again as float64, and then sum them."""
+    a, b = ([_rows(t) for t in each] for each in (a, b))
+    out = a[0].new_empty(len(a[0]), len(a), dtype=torch.float64)
+    sizes = (ctypes.c_int64 * len(a))(*(t[0].numel() for t in a))
+    left, right = ((_One * len(a))(*map(_one, each)) for each in (a, b))
+    counts = (ctypes.c_int64(count) for count in (len(out), torch.get_num_threads(), len(a)))
+    _function("products", a[0])(*counts, sizes, left, right, ctypes.c_void_p(out.data_ptr()))
+    return out
 
 
 class _Block(Function):

@@ -29,6 +29,7 @@ from torch.func import grad, vjp, vmap
 
 from data.gpu import runs_kernels
 from data.tasks import Loss, TaskBatch
+from models import native
 from trainer.inner import InnerLoop, Params, params_of_step, rates_of_step
 
 Apply = Callable[[Params, Tensor], Tensor]  # (parameters, inputs [n, *input]) -> outputs [n, ...]
@@ -64,16 +65,24 @@ class _Step(NamedTuple):
 
 def _products(a: Params, b: Params, axes: int, names: tuple[str, ...], alpha_shape: str) -> Tensor:
     """a b summed over what shares a rate, in float64; the first `axes` axes, the tasks', stay."""
-    if axes and alpha_shape != "parameter" and runs_kernels(a[names[0]]):
-        from trainer import kernels
-
-        each = kernels.products([a[name] for name in names], [b[name] for name in names])
+    products = _products_at_once(a[names[0]]) if axes and alpha_shape != "parameter" else None
+    if products is not None:
+        each = products([a[name] for name in names], [b[name] for name in names])
         return each.sum(-1) if alpha_shape == "scalar" else each
     each = [(a[name] * b[name]).reshape(*a[name].shape[:axes], -1) for name in names]
     if alpha_shape == "parameter":
         return torch.cat(each, -1).double()
     each = [x.sum(-1, dtype=torch.float64) for x in each]
     return sum(each) if alpha_shape == "scalar" else torch.stack(each, -1)
+
+
+def _products_at_once(x: Tensor) -> Callable[[list[Tensor], list[Tensor]], Tensor] | None:
+    """What takes the inner products of many tensors like x, where there is such a thing."""
+    if runs_kernels(x):
+        from trainer import kernels
+
+        return kernels.products
+    return native.products if x.device.type == "cpu" and native.loaded() else None
 
 
 def _scaled(factor: Tensor, x: Params) -> Params:

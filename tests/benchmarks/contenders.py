@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 import models
 from data.tasks import TaskBatch, classification_loss
-from launch.runtime import keep_memory
+from launch.runtime import settle
 from models import convolution
+from trainer.collective import World, sum_in_place
 from trainer.inner import InnerLoop
 from trainer.maml import VMAP_INPUTS, each_task, meta_gradient, one_task
 
@@ -107,8 +108,7 @@ def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
         found = meta_gradient(None, classification_loss, problem.theta, alpha, tasks, InnerLoop(problem.steps),
                               forward_tasks=problem.model.forward_tasks).gradient
         flat = torch.cat([g.flatten() for g in found.values()])
-        if size > 1:
-            dist.all_reduce(flat)
+        sum_in_place(flat, World(rank, size))
         parts = flat.split([g.numel() for g in found.values()])
         return problem.theirs({n: p.view_as(g) for (n, g), p in zip(found.items(), parts)})
 
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     settings = parser.parse_args()
     if settings.name.startswith("ours"):
-        keep_memory()
+        settle()
     ranks = int(os.environ["WORLD_SIZE"])
     if ranks > 1:
         dist.init_process_group("gloo")
@@ -364,6 +364,7 @@ def serve(run: Callable[[], object], ranks: int, held: float = 0.0, device: str 
         wanted = torch.tensor(float(bool(sys.stdin.readline())) if first else 0.0)
         if ranks > 1:
             dist.broadcast(wanted, 0)
+            sum_in_place(torch.zeros(()), World(size=ranks))  # so that all are awake when the clock starts
         return bool(wanted)
 
     if first:

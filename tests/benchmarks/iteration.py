@@ -26,28 +26,30 @@ from trainer.loop import set_up, train_step
 OMNIGLOT = os.environ.get("OMNIGLOT_ROOT", str(ROOT / "../shared/data/omniglot"))
 KEYS = {"data.name": "omniglot", "data.root": OMNIGLOT, "model.name": "conv4", "inner.steps": "1", "task.batch": "16",
         "task.ways": "20", "task.shots": "1", "task.queries": "1"}
+ROW = 5  # iterations in a row, as a training has them: the first after a pause finds processors and ranks asleep
 RULES = {"fixed": {"rates.rule": "fixed", "outer.trust": "0"}, "paper": {"rates.rule": "paper", "outer.trust": "0"},
          "adaptive": {}}
 
 
-def worker(keys: list[str]) -> None:
-    """A contender: one iteration for every line of input, at one thread a rank."""
+def worker(count: int, keys: list[str]) -> None:
+    """A contender: `count` iterations for every line of input, at one thread a rank."""
     torch.set_num_threads(1)
     with runtime.world("cpu", 60) as world:
         problem, state = set_up(configuration.build(None, KEYS | dict(zip(keys[::2], keys[1::2]))), world)
 
         def run() -> None:
             nonlocal state
-            state, _ = train_step(problem, state, False)
+            for _ in range(count):
+                state, _ = train_step(problem, state, False)
 
         held = forget_peak()
         run()
         serve(run, world.size, held)
 
 
-def start(folder: str, name: str, port: int, ranks: int = 1, **keys: object) -> Contender:
+def start(folder: str, name: str, port: int, ranks: int = 1, count: int = 1, **keys: object) -> Contender:
     words = [word for key, value in keys.items() for word in (key.replace("__", "."), value)]
-    contender = Contender(name, [__file__, "worker", *words], Path(folder), ranks, port)
+    contender = Contender(name, [__file__, "worker", count, *words], Path(folder), ranks, port)
     contender.ready()
     assert not contender.error, f"{name}: {contender.error}"
     return contender
@@ -57,8 +59,8 @@ def weak_scaling(rounds: int) -> tuple[float, float]:
     """Efficiency of two ranks with 16 tasks each against one, and against two runs side by side that know nothing of each
     other: what is left then is the cost of the reduction and of waiting for each other."""
     with tempfile.TemporaryDirectory() as folder:
-        one, two = start(folder, "one", 29680), start(folder, "two", 29681, 2, task__batch=32)
-        apart = start(folder, "left", 29682), start(folder, "right", 29683)
+        one, two = start(folder, "one", 29680, count=ROW), start(folder, "two", 29681, 2, count=ROW, task__batch=32)
+        apart = start(folder, "left", 29682, count=ROW), start(folder, "right", 29683, count=ROW)
         for _ in range(rounds):
             for group in ((one,), (two,), apart):
                 for contender in group:
@@ -119,7 +121,7 @@ def rules(rounds: int) -> tuple[dict[str, list[float]], list[float]]:
 
 def main() -> None:
     if sys.argv[1:2] == ["worker"]:
-        return worker(sys.argv[2:])
+        return worker(int(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
