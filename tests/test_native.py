@@ -95,6 +95,29 @@ def test_two_blocks_in_a_row():
         assert (f - e).norm() <= 1e-12 * e.norm(), i
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] % 16])
+def test_data_far_from_zero(shape: tuple):
+    """Pixels up to 255, whose mean is large beside what tells them apart."""
+    inputs, how = example(shape, torch.float32), shape[4:6]
+    inputs[0] = 100 + inputs[0]
+    found = value_and_derivatives(native.block, inputs, *how)
+    expected = value_and_derivatives(torch_block, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs], *how)
+    for i, (f, e) in enumerate(zip(found, expected)):
+        assert (f - e).norm() <= 2e-4 * e.norm(), i
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_products(dtype: torch.dtype, threads: int):
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    a, b = ([torch.randn(3, *sizes, generator=generator, dtype=dtype) for sizes in ((40000,), (7, 3), (1,), (5, 4), (16,))]
+            for _ in range(2))
+    a[1], b[3] = a[1][:1].expand(3, 7, 3), torch.randn(4, 3, 5, generator=generator, dtype=dtype).permute(1, 2, 0)
+    expected = torch.stack([(x * y).double().flatten(1).sum(1) for x, y in zip(a, b)], 1)
+    assert torch.allclose(native.products(a, b), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_what_it_does_not_take():
     x, weight, gain, shift = example(SHAPES[1], torch.float64)
     with pytest.raises(ValueError, match="channels by 16, not 1 and 64"):

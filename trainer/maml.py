@@ -226,8 +226,7 @@ def _sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tens
     per_rate = "layer" if shape == "layer_step" else shape
     steepness = _products(adjoint, adjoint, axes, names, per_rate).sqrt()
     length = torch.stack(lengths, -2) if lengths else _products(moved, moved, axes, names, per_rate).sqrt()
-    if loop.order != "reptile":
-        del phi, moved
+    phi, moved = None, moved if loop.order == "reptile" else None  # torch.compile knows no del here
 
     alpha_gradient, rows = torch.zeros_like(steepness), []
     again = _again(visit, rates, theta, 0, loop.steps, HELD, held) if recompute else None
