@@ -20,7 +20,7 @@ constexpr int BYTES = 32, WIDE = 2;
 #else
 constexpr int BYTES = 16, WIDE = 4;
 #endif
-constexpr int IMAGES = 6;  // in a tile: with WIDE vectors of outputs each, as many sums as there are registers
+constexpr int ROWS = 6;  // of a tile: with WIDE vectors each, as many sums as there are registers
 constexpr int PAIRS = 72;  // rows of dz and of x that stay in the first cache while all their products are summed
 
 namespace {
@@ -107,44 +107,48 @@ void tile(const Pair<T>* taps, int count, long apart, long K, long ldb, T* out, 
         for (int j = 0; j < NV; j++) store(out + i * out_apart + j * LANES<T>, sums[i][j]);
 }
 
-template <class T> using Tile = void (*)(const Pair<T>*, int, long, long, long, T*, long);
-
-template <class T, int NV> Tile<T> tile_of(long images) {
-    switch (images) {
-        case 1: return tile<T, 1, NV>;
-        case 2: return tile<T, 2, NV>;
-        case 3: return tile<T, 3, NV>;
-        case 4: return tile<T, 4, NV>;
-        case 5: return tile<T, 5, NV>;
-        default: return tile<T, 6, NV>;
+// f(M, NV) with so many rows and vectors as constants: a pointer to what is made for them.
+template <int NV, class F> auto sized(long rows, F f) {
+    constexpr std::integral_constant<int, NV> vectors;
+    switch (rows) {
+        case 1: return f(std::integral_constant<int, 1>(), vectors);
+        case 2: return f(std::integral_constant<int, 2>(), vectors);
+        case 3: return f(std::integral_constant<int, 3>(), vectors);
+        case 4: return f(std::integral_constant<int, 4>(), vectors);
+        case 5: return f(std::integral_constant<int, 5>(), vectors);
+        default: return f(std::integral_constant<int, ROWS>(), vectors);
     }
 }
 
-template <class T> Tile<T> tile_of(long images, int wide) {
+template <class F> auto sized(long rows, int wide, F f) {
     switch (wide) {
-        case 4: return tile_of<T, 4>(images);
-        case 3: return tile_of<T, 3>(images);
-        case 2: return tile_of<T, 2>(images);
-        default: return tile_of<T, 1>(images);
+        case 4: return sized<4>(rows, f);
+        case 3: return sized<3>(rows, f);
+        case 2: return sized<2>(rows, f);
+        default: return sized<1>(rows, f);
     }
+}
+
+template <class T> auto tile_of(long rows, int wide) {
+    return sized(rows, wide, [](auto M, auto NV) { return &tile<T, M, NV>; });
 }
 
 // A tile holds one position of several images: all have the same taps there, and those on the border cost nothing.
 // done(image, row) follows as soon as all of a row's outputs stand there.
 template <class T, class F, class G>
 void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long width, T* out, F taps_at, G done) {
-    const long groups = (n + IMAGES - 1) / IMAGES;
+    const long groups = (n + ROWS - 1) / ROWS;
     const int wide = vectors<T>(width);
     for (long g = 0; g < groups; g++) {
         const long first = g * n / groups;
         const long next = (g + 1) * n / groups;
-        const Tile<T> sum = tile_of<T>(next - first, wide);
+        const auto sum = tile_of<T>(next - first, wide);
         for (long row = 0; row < rows; row++) {
             for (long col = 0; col < cols; col++) {
                 Pair<T> taps[18];  // of two pairs
                 const int count = taps_at(row, col, taps);
                 for (int t = 0; t < count; t++) taps[t].a += first * apart;
-                T* to = out + ((first * rows + row) * cols + col) * width;
+                T* to = out + ((first * rows + row) * cols + col) * width;  // far away: asked for before it is written
                 for (long i = 0; i < next - first; i++)
                     for (long k = 0; k < width; k += 64 / sizeof(T)) __builtin_prefetch(to + i * rows * cols * width + k, 1);
                 for (long column = 0; column < width; column += wide * LANES<T>) {
@@ -187,7 +191,7 @@ template <class T> void product_on_x(const Shape& s, const T* dz, const T* weigh
 // weight[i, :] += sum over pairs of a[i] b[:], i < M.
 template <class T, int M, int NV> void outer(const Pair<T>* pairs, int count, long i0, long j0, T* weight, long apart) {
     V<T> sums[M][NV];
-#pragma GCC unroll 9
+#pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) sums[i][j] = load(weight + (i0 + i) * apart + j0 + j * LANES<T>);
@@ -196,48 +200,26 @@ template <class T, int M, int NV> void outer(const Pair<T>* pairs, int count, lo
         V<T> right[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) right[j] = load(b + j * LANES<T>);
-#pragma GCC unroll 9
+#pragma GCC unroll 8
         for (int i = 0; i < M; i++) {
             const V<T> left = every(a[i]);
 #pragma GCC unroll 8
             for (int j = 0; j < NV; j++) sums[i][j] += left * right[j];
         }
     }
-#pragma GCC unroll 9
+#pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) store(weight + (i0 + i) * apart + j0 + j * LANES<T>, sums[i][j]);
 }
 
-template <class T> using Outer = void (*)(const Pair<T>*, int, long, long, T*, long);
-
-template <class T, int NV> Outer<T> outer_of(long rows) {
-    switch (rows) {
-        case 1: return outer<T, 1, NV>;
-        case 2: return outer<T, 2, NV>;
-        case 3: return outer<T, 3, NV>;
-        case 4: return outer<T, 4, NV>;
-        case 5: return outer<T, 5, NV>;
-        default: return outer<T, 6, NV>;
-    }
-}
-
-template <class T> Outer<T> outer_of(long rows, int wide) {
-    switch (wide) {
-        case 4: return outer_of<T, 4>(rows);
-        case 3: return outer_of<T, 3>(rows);
-        case 2: return outer_of<T, 2>(rows);
-        default: return outer_of<T, 1>(rows);
-    }
-}
-
 // weight [height, width], rows `apart`: += sum over pairs of a [height] with b [width].
 template <class T> void outers(const Pair<T>* pairs, int count, long height, long width, T* weight, long apart) {
     const int wide = vectors<T>(width);
-    const long groups = (height + IMAGES - 1) / IMAGES;
+    const long groups = (height + ROWS - 1) / ROWS;
     for (long g = 0; g < groups; g++) {
         const long first = g * height / groups, next = (g + 1) * height / groups;
-        const Outer<T> sum = outer_of<T>(next - first, wide);
+        const auto sum = sized(next - first, wide, [](auto M, auto NV) { return &outer<T, M, NV>; });
         for (long column = 0; column < width; column += wide * LANES<T>) sum(pairs, count, first, column, weight, apart);
     }
 }
@@ -548,10 +530,10 @@ template <class T> struct Patches {
     // to [count, O]: with a weight [size + 1, O].
     void product(const T* patches, long count, const T* weight, T* to) const {
         const int wide = vectors<T>(s.O);
-        const long groups = (count + IMAGES - 1) / IMAGES;
+        const long groups = (count + ROWS - 1) / ROWS;
         for (long g = 0; g < groups; g++) {
             const long first = g * count / groups, next = (g + 1) * count / groups;
-            const Tile<T> sum = tile_of<T>(next - first, wide);
+            const auto sum = tile_of<T>(next - first, wide);
             for (long column = 0; column < s.O; column += wide * LANES<T>) {
                 const Pair<T> pair{patches + first * apart, weight + column};
                 sum(&pair, 1, apart, size + 1, s.O, to + first * s.O + column, s.O);
@@ -587,7 +569,7 @@ template <class T> void take_moments(const Shape& s, const T* x, double* moments
         for (long k = 0; k < size; k++) moments[i * size + k] = sums[i * width + k] / count - mean[i] * mean[k];
 }
 
-template <class T> struct Rows {  // y of a band that begins at `start`
+template <class T> struct BandY {  // y of a band that begins at `start`
     const T* rows;
     long start;
     V<T> y(long at, long) const { return load(rows + at - start); }
@@ -652,7 +634,7 @@ template <class T> struct Data {
             const long row = b * height, rows = std::min(height, s.rows - row);
             for (long r = 0; r < rows; r++) patches.fill(x, image, row + r, patch + r * s.cols * patches.apart);
             patches.product(patch, rows * s.cols, y_weight, y);
-            f(image * each + b, Rows<T>{y, (image * s.rows + row) * s.cols * O}, patch, rows * s.cols);
+            f(image * each + b, BandY<T>{y, (image * s.rows + row) * s.cols * O}, patch, rows * s.cols);
         }
     }
 };
@@ -661,7 +643,7 @@ template <class T> void forward_of_data(const Shape& s, const Task<T>& t, double
     take_moments(s, t.x, moments, other);
     const Data<T> data(s, t, moments, work);
     for (long i = 0; i < s.n; i++)
-        data.bands_of(i, [&](long b, const Rows<T>& y, const T*, long) { activate(s, y, b, t.a); });
+        data.bands_of(i, [&](long b, const BandY<T>& y, const T*, long) { activate(s, y, b, t.a); });
 }
 
 // sums [size + 1, O]: <dy, X - mean> and <dy, 1>.
@@ -674,7 +656,7 @@ void first_of_data(const Shape& s, const Task<T>& t, const double* moments, cons
     std::fill(sums, sums + (size + 1) * O, 0.0);
     for (long i = 0; i < s.n; i++) {
         std::fill(part, part + height * O, T(0));
-        data.bands_of(i, [&](long b, const Rows<T>& y, const T* patches, long count) {
+        data.bands_of(i, [&](long b, const BandY<T>& y, const T* patches, long count) {
             for (long k = 0, next = (s.pooled ? s.cols / 2 : s.cols) * O; k < next; k += 64 / sizeof(T))
                 __builtin_prefetch(da + (b + 1) * next + k);
             band<T>(s, y, b, [&](auto M, const long* at, const Mask<T>* through, long p, long) {
@@ -717,7 +699,7 @@ void second_of_data(const Shape& s, const Task<T>& t, const double* moments, con
     const T* on_dy_weight = data.affine(matrix, d.ddshift, work.other_turned);
     T* on_dy = work.dz.room(2 * s.cols * O);
     for (long i = 0; i < s.n; i++)
-        data.bands_of(i, [&](long b, const Rows<T>& y, const T* patches, long count) {
+        data.bands_of(i, [&](long b, const BandY<T>& y, const T* patches, long count) {
             data.patches.product(patches, count, on_dy_weight, on_dy);
             band<T>(s, y, b, [&](auto M, const long* at, const Mask<T>* through, long p, long) {
                 if (p < 0) return;
