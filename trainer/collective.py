@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,12 +25,17 @@ def _together() -> Iterator[None]:
         raise Failure(f"another rank has ended, or did not answer within engine.timeout ({first_line(error)})") from error
 
 
-def _finish(work: dist.Work, tensor: Tensor) -> None:
-    """Waits for `work` on `tensor`. On a CPU awake, for a while: a rank that sleeps is woken late, 3 % of an iteration."""
+def _meet(collective: Callable[..., dist.Work | None], tensor: Tensor, *arguments: object) -> None:
+    """The collective on `tensor`, to its end. On a CPU a rank waits awake, for a while: asleep it is woken late, 3 % of an
+    iteration."""
     until = time.monotonic() + AWAKE
-    while tensor.device.type == "cpu" and not work.is_completed() and time.monotonic() < until:
-        os.sched_yield()
-    work.wait()
+    with _together():
+        work = collective(tensor, *arguments, async_op=tensor.device.type == "cpu")
+        if work is None:  # on a GPU's stream
+            return
+        while not work.is_completed() and time.monotonic() < until:
+            os.sched_yield()
+        work.wait()
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,7 @@ def broadcast(tensors: tuple[Tensor, ...], world: World) -> tuple[Tensor, ...]:
     """Rank 0's small tensors (any float type, made float64) on every rank, in one message."""
     packed = torch.cat([t.double().flatten() for t in tensors])
     if world.size > 1:
-        with _together():
-            _finish(dist.broadcast(packed, 0, async_op=True), packed)
+        _meet(dist.broadcast, packed, 0)
     return tuple(part.view(t.shape) for t, part in zip(tensors, packed.split([t.numel() for t in tensors])))
 
 
@@ -69,7 +73,6 @@ def broadcast_state(tensors: dict[str, Tensor], number: int, world: World) -> in
 
 def sum_in_place(tensor: Tensor, world: World) -> Tensor:
     if world.size > 1:
-        with _together():
-            _finish(dist.all_reduce(tensor, async_op=True), tensor)
+        _meet(dist.all_reduce, tensor)
     return tensor
 
