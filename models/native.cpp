@@ -133,15 +133,18 @@ template <class T> auto tile_of(long rows, int wide) {
     return sized(rows, wide, [](auto M, auto NV) { return &tile<T, M, NV>; });
 }
 
+// f(first, next) for as few groups of at most so many as there can be, of nearly one size.
+template <class F> void in_groups(long count, long most, F f) {
+    const long groups = (count + most - 1) / most;
+    for (long g = 0; g < groups; g++) f(g * count / groups, (g + 1) * count / groups);
+}
+
 // A tile holds one position of several images: all have the same taps there, and those on the border cost nothing.
 // done(image, row) follows as soon as all of a row's outputs stand there.
 template <class T, class F, class G>
 void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long width, T* out, F taps_at, G done) {
-    const long groups = (n + ROWS - 1) / ROWS;
     const int wide = vectors<T>(width);
-    for (long g = 0; g < groups; g++) {
-        const long first = g * n / groups;
-        const long next = (g + 1) * n / groups;
+    in_groups(n, ROWS, [&](long first, long next) {
         const auto sum = tile_of<T>(next - first, wide);
         for (long row = 0; row < rows; row++) {
             for (long col = 0; col < cols; col++) {
@@ -158,7 +161,7 @@ void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long w
             }
             for (long i = first; i < next; i++) done(i, row);
         }
-    }
+    });
 }
 
 // z = sum over pairs of x with a weight that is turned, [3, 3, C, O].
@@ -216,12 +219,10 @@ template <class T, int M, int NV> void outer(const Pair<T>* pairs, int count, lo
 // weight [height, width], rows `apart`: += sum over pairs of a [height] with b [width].
 template <class T> void outers(const Pair<T>* pairs, int count, long height, long width, T* weight, long apart) {
     const int wide = vectors<T>(width);
-    const long groups = (height + ROWS - 1) / ROWS;
-    for (long g = 0; g < groups; g++) {
-        const long first = g * height / groups, next = (g + 1) * height / groups;
+    in_groups(height, ROWS, [&](long first, long next) {
         const auto sum = sized(next - first, wide, [](auto M, auto NV) { return &outer<T, M, NV>; });
         for (long column = 0; column < width; column += wide * LANES<T>) sum(pairs, count, first, column, weight, apart);
-    }
+    });
 }
 
 // d weight: dz with x.
@@ -241,10 +242,9 @@ template <class T> void product_on_weight(const Shape& s, const T* dz, const T* 
                         lines[held++] = {of_dz + col * s.O, of_x + col * s.stride * s.C};
                 }
             }
-            for (long part = 0, parts = (held + PAIRS - 1) / PAIRS; part < parts; part++) {
-                const long begin = part * held / parts, end = (part + 1) * held / parts;
+            in_groups(held, PAIRS, [&](long begin, long end) {
                 outers(&lines[begin], end - begin, s.O, s.C, dweight + t * s.C, 9 * s.C);
-            }
+            });
         }
 }
 
@@ -530,24 +530,21 @@ template <class T> struct Patches {
     // to [count, O]: with a weight [size + 1, O].
     void product(const T* patches, long count, const T* weight, T* to) const {
         const int wide = vectors<T>(s.O);
-        const long groups = (count + ROWS - 1) / ROWS;
-        for (long g = 0; g < groups; g++) {
-            const long first = g * count / groups, next = (g + 1) * count / groups;
+        in_groups(count, ROWS, [&](long first, long next) {
             const auto sum = tile_of<T>(next - first, wide);
             for (long column = 0; column < s.O; column += wide * LANES<T>) {
                 const Pair<T> pair{patches + first * apart, weight + column};
                 sum(&pair, 1, apart, size + 1, s.O, to + first * s.O + column, s.O);
             }
-        }
+        });
     }
 
-    // sums [height, width] += products of patches with `others`, which lie their_apart.
-    long height() const { return (size + 4) / 4 * 4; }  // size + 1, as `outers` takes it
+    // sums [size + 1, width] += products of patches with `others`, which lie their_apart.
     void add_products(const T* patches, long count, const T* others, long their_apart, long width, T* sums,
                       std::vector<Pair<T>>& lines) const {
         lines.resize(count);
         for (long p = 0; p < count; p++) lines[p] = {patches + p * apart, others + p * their_apart};
-        outers(lines.data(), count, height(), width, sums, width);
+        outers(lines.data(), count, size + 1, width, sums, width);
     }
 };
 
@@ -556,8 +553,8 @@ template <class T> void take_moments(const Shape& s, const T* x, double* moments
     const Patches<double> patches(s);
     const long size = patches.size, width = patches.whole(size + 1), count = s.positions();
     const double* bordered = patches.bordered(x, work.bordered);
-    double *row = work.patches.room(s.cols * patches.apart), *sums = work.sums.room(patches.height() * width);
-    std::fill(sums, sums + patches.height() * width, 0.0);
+    double *row = work.patches.room(s.cols * patches.apart), *sums = work.sums.room((size + 1) * width);
+    std::fill(sums, sums + (size + 1) * width, 0.0);
     for (long i = 0; i < s.n; i++)
         for (long y = 0; y < s.rows; y++) {
             patches.fill(bordered, i, y, row);
@@ -591,10 +588,9 @@ template <class T> struct Data {
     Data(const Shape& s, const Task<T>& t, const double* moments, Work<T>& work)
         : s(s), t(t), work(work), covariance(moments), mean(moments + size * size), weight(turned(t.weight)),
           weighted(times_covariance(weight)), scale(dot(weight, weighted.data())) {
-        Numbers slope(O);
-        for (long c = 0; c < O; c++) scale[c] = 1 / std::sqrt(scale[c] + EPS), slope[c] = t.gain[c] * scale[c];
+        for (double& v : scale) v = 1 / std::sqrt(v + EPS);
         Numbers matrix(weight);
-        for (long i = 0; i < size * O; i++) matrix[i] *= slope[i % O];
+        for (long i = 0; i < size * O; i++) matrix[i] *= t.gain[i % O] * scale[i % O];
         y_weight = affine(matrix, t.shift, work.turned);
     }
     Numbers turned(const T* from) const {
@@ -651,11 +647,11 @@ template <class T>
 void first_of_data(const Shape& s, const Task<T>& t, const double* moments, const T* da, T* dweight, T* dgain, T* dshift, double* sums,
                    Work<T>& work) {
     const Data<T> data(s, t, moments, work);
-    const long size = data.size, O = s.O, height = data.patches.height();
-    T *dy = work.dz.room(2 * s.cols * O), *part = work.sums.room(height * O);
-    std::fill(sums, sums + (size + 1) * O, 0.0);
+    const long size = data.size, O = s.O, all = (size + 1) * O;
+    T *dy = work.dz.room(2 * s.cols * O), *part = work.sums.room(all);
+    std::fill(sums, sums + all, 0.0);
     for (long i = 0; i < s.n; i++) {
-        std::fill(part, part + height * O, T(0));
+        std::fill(part, part + all, T(0));
         data.bands_of(i, [&](long b, const BandY<T>& y, const T* patches, long count) {
             for (long k = 0, next = (s.pooled ? s.cols / 2 : s.cols) * O; k < next; k += 64 / sizeof(T))
                 __builtin_prefetch(da + (b + 1) * next + k);
@@ -665,7 +661,7 @@ void first_of_data(const Shape& s, const Task<T>& t, const double* moments, cons
             });
             data.patches.add_products(patches, count, dy, O, O, part, work.lines);
         });
-        for (long k = 0; k < (size + 1) * O; k++) sums[k] += part[k];
+        for (long k = 0; k < all; k++) sums[k] += part[k];
     }
     for (long k = 0; k < size; k++)
         for (long c = 0; c < O; c++) sums[k * O + c] -= data.mean[k] * sums[size * O + c];

@@ -131,18 +131,23 @@ def products(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return out
 
 
+def _shapes(x: Tensor, outputs: int, stride: int, pooled: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of z and of a."""
+    tasks, images, *sides, _ = x.shape
+    rows, cols = ((side - 1) // stride + 1 for side in sides)
+    z = tasks, images, rows, cols, outputs
+    return z, (tasks, images, rows // 2, cols // 2, outputs) if pooled else z
+
+
 class _Block(Function):
     """(a, z); z only for its derivative, which is the rest of what `_BlockFirst` has for x and weight."""
 
     @staticmethod
     def forward(ctx, x, weight, gain, shift, stride, pooled):
         x, weight, gain, shift = (_rows(t) for t in (x, weight, gain, shift))
-        tasks, images, height, width, _ = x.shape
         outputs = weight.shape[1]
-        rows, cols = ((size - 1) // stride + 1 for size in (height, width))
-        z = x.new_empty(tasks, images, rows, cols, outputs)
-        mean, scale = x.new_empty(2, tasks, outputs)
-        a = x.new_empty(tasks, images, rows // 2, cols // 2, outputs) if pooled else torch.empty_like(z)
+        z, a = (x.new_empty(shape) for shape in _shapes(x, outputs, stride, pooled))
+        mean, scale = x.new_empty(2, len(x), outputs)
         _run(FORWARD, stride, pooled, outputs, x=x, weight=weight, gain=gain, shift=shift, a=a, z=z, mean=mean, scale=scale)
         ctx.stride, ctx.pooled, ctx.a_shape = stride, pooled, a.shape
         ctx.set_materialize_grads(False)
@@ -192,11 +197,9 @@ class _DataBlock(Function):
     @staticmethod
     def forward(ctx, x, weight, gain, shift, stride, pooled):
         x, weight, gain, shift = (_rows(t) for t in (x, weight, gain, shift))
-        tasks, images, height, width, colours = x.shape
-        outputs, seen = weight.shape[1], 9 * colours
-        rows, cols = ((size - 1) // stride + 1 for size in (height, width))
-        a = x.new_empty(tasks, images, *((rows // 2, cols // 2) if pooled else (rows, cols)), outputs)
-        moments = x.new_empty(tasks, seen + 1, seen, dtype=torch.float64)
+        outputs, seen = weight.shape[1], 9 * x.shape[-1]
+        a = x.new_empty(_shapes(x, outputs, stride, pooled)[1])
+        moments = x.new_empty(len(x), seen + 1, seen, dtype=torch.float64)  # of what an output sees: covariance, mean
         _run(FORWARD, stride, pooled, outputs, x=x, weight=weight, gain=gain, shift=shift, a=a, moments=moments)
         ctx.stride, ctx.pooled = stride, pooled
         ctx.save_for_backward(x, weight, gain, shift, moments)

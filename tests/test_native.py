@@ -5,7 +5,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import pooch
 import pytest
 import torch
 from conftest import newest_state
@@ -17,8 +16,9 @@ from data.errors import InputError
 from models import native
 from models.conv4 import Conv4
 from models.norm import EPS
+from trainer.loop import cache
 
-CACHE = Path(pooch.os_cache("alpha-maml"))
+CACHE = cache()
 SHAPES = (  # images, side, colours, channels, stride, pooled, whether tasks share the parameters
     (5, 14, 64, 64, 2, False, False), (7, 28, 1, 64, 2, False, True), (20, 7, 32, 32, 2, False, True),
     (6, 4, 32, 48, 2, False, False), (1, 3, 16, 16, 2, False, False), (3, 9, 16, 32, 1, True, False),
@@ -69,17 +69,21 @@ def value_and_derivatives(block, inputs: list[Tensor], stride: int, pooled: bool
     return [a, *first, *second]
 
 
+def as_torch(inputs: list[Tensor], shape: tuple, tolerance: float) -> None:
+    """Holds native code against torch's operations in float64."""
+    how, exact = shape[4:6], [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    found, expected = value_and_derivatives(native.block, inputs, *how), value_and_derivatives(torch_block, exact, *how)
+    assert found[0].abs().sum() > 0
+    for i, (f, e) in enumerate(zip(found, expected)):
+        assert (f - e).norm() <= tolerance * e.norm(), i
+
+
 @pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float64, 1e-12), (torch.float32, 1e-5)))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_block_and_its_derivatives(shape: tuple, dtype: torch.dtype, tolerance: float, threads: int):
     torch.set_num_threads(threads)
-    inputs, how = example(shape, dtype), shape[4:6]
-    found = value_and_derivatives(native.block, inputs, *how)
-    expected = value_and_derivatives(torch_block, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs], *how)
-    assert found[0].abs().sum() > 0
-    for i, (f, e) in enumerate(zip(found, expected)):
-        assert (f - e).norm() <= tolerance * e.norm(), i
+    as_torch(example(shape, dtype), shape, tolerance)
 
 
 def test_two_blocks_in_a_row():
@@ -98,12 +102,8 @@ def test_two_blocks_in_a_row():
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] % 16])
 def test_data_far_from_zero(shape: tuple):
     """Pixels up to 255, whose mean is large beside what tells them apart."""
-    inputs, how = example(shape, torch.float32), shape[4:6]
-    inputs[0] = 100 + inputs[0]
-    found = value_and_derivatives(native.block, inputs, *how)
-    expected = value_and_derivatives(torch_block, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs], *how)
-    for i, (f, e) in enumerate(zip(found, expected)):
-        assert (f - e).norm() <= 2e-4 * e.norm(), i
+    x, *parameters = example(shape, torch.float32)
+    as_torch([100 + x, *parameters], shape, 2e-4)
 
 
 @pytest.mark.parametrize("threads", (1, 2))

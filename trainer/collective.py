@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.errors import Failure, first_line
 
-AWAKE = 0.1  # seconds
+AWAKE = 0.1  # seconds that a rank on a CPU waits for the others without sleeping
 
 
 @contextmanager
@@ -26,8 +26,7 @@ def _together() -> Iterator[None]:
 
 
 def _meet(collective: Callable[..., dist.Work | None], tensor: Tensor, *arguments: object) -> None:
-    """The collective on `tensor`, to its end. On a CPU a rank waits awake, for a while: asleep it is woken late, 3 % of an
-    iteration."""
+    """The collective on `tensor`, to its end. A rank that sleeps meanwhile is woken late, 3 % of an iteration on a CPU."""
     until = time.monotonic() + AWAKE
     with _together():
         work = collective(tensor, *arguments, async_op=tensor.device.type == "cpu")

@@ -118,7 +118,7 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
                          f"most {task.batch} processes")
     sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
-    source = data.build(config.data, _cache(), sizes, config.seed, dtype, world.device,
+    source = data.build(config.data, cache(), sizes, config.seed, dtype, world.device,
                         say if world.rank == 0 else lambda line: None)
     outputs = max(outputs, source.outputs)
     model = models.build(config.model.name, source.input_shape, outputs, config.seed, config.model.channels,
@@ -156,7 +156,8 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
     return problem, State(engine, rates.initial(config.rates, world.device, alpha), 0)
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where decoded data and compiled code are kept; users and tests move it by XDG_CACHE_HOME."""
     return Path(pooch.os_cache("alpha-maml"))
 
 
@@ -165,7 +166,7 @@ def _native(skeleton: nn.Module, config: Config, world: World) -> bool:
     if config.compile is False or world.device.type != "cpu":
         return False
     try:
-        return models.natively(skeleton, _cache(), os.environ.get("CXX", "c++"))
+        return models.natively(skeleton, cache(), os.environ.get("CXX", "c++"))
     except InputError as error:
         if config.compile:
             raise InputError(f"compile: true, but {error}; or set compile: false") from None

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,6 +27,7 @@ from launch.runtime import settle
 from models import convolution
 from trainer.collective import World, sum_in_place
 from trainer.inner import InnerLoop
+from trainer.loop import cache
 from trainer.maml import VMAP_INPUTS, each_task, meta_gradient, one_task
 
 ALPHA = 0.1
@@ -99,7 +99,7 @@ class Problem:
 def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
     """trainer.maml, its shard of the tasks, and the sum over ranks; on a CPU as it runs where there is a compiler."""
     if native and problem.tasks.support_x.device.type == "cpu":
-        models.natively(problem.model, Path(pooch.os_cache("alpha-maml")), "c++")
+        models.natively(problem.model, cache(), "c++")
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tasks = TaskBatch(*(x.tensor_split(size)[rank] for x in problem.tasks))
     alpha = tasks.support_x.new_tensor(ALPHA)
