@@ -21,6 +21,7 @@ constexpr int BYTES = 32, WIDE = 2;
 constexpr int BYTES = 16, WIDE = 4;
 #endif
 constexpr int ROWS = 6;  // of a tile: with WIDE vectors each, as many sums as there are registers
+constexpr int SQUARES = 48;  // of outputs at a time: what they see and their products stay in the second cache
 constexpr int PAIRS = 72;  // rows of dz and of x that stay in the first cache while all their products are summed
 
 namespace {
@@ -71,6 +72,8 @@ struct Shape {
     long positions() const { return n * rows * cols; }
     long image() const { return h * w * C; }
     long z_image() const { return rows * cols * O; }
+    // Whether the products are taken by squares of outputs: on small maps too much of them lies outside.
+    bool by_squares() const { return stride == 1 && 64 * ((rows + 1) / 2) * ((cols + 1) / 2) < 3 * (3 * rows - 2) * (3 * cols - 2); }
 };
 
 // The convolution's three products are sums over the taps of its window.
@@ -85,10 +88,25 @@ template <class T> struct Pair {
     const T *a, *b;
 };
 
+// A thread's memory.
+template <class T> struct Work {
+    Memory<T> turned, other_turned, seen, squares, square_sums, nothing, dz, sums, bordered, patches, y;
+    std::vector<Pair<T>> lines;
+    const T* zeros(long count) {
+        T* to = nothing.room(count);
+        std::fill(to, to + count, T(0));
+        return to;
+    }
+};
+
 // out[i, :] = sum over taps and k of a[i, k] b[k, :], for M images whose parts lie `apart`.
 template <class T, int M, int NV>
 void tile(const Pair<T>* taps, int count, long apart, long K, long ldb, T* out, long out_apart) {
-    V<T> sums[M][NV] = {};
+    V<T> sums[M][NV];  // unrolled from the first to the last: else the compiler keeps them in memory
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) sums[i][j] = V<T>{};
     for (int t = 0; t < count; t++) {
         const T *a = taps[t].a, *b = taps[t].b;
         for (long k = 0; k < K; k++, b += ldb) {
@@ -103,7 +121,9 @@ void tile(const Pair<T>* taps, int count, long apart, long K, long ldb, T* out, 
             }
         }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
         for (int j = 0; j < NV; j++) store(out + i * out_apart + j * LANES<T>, sums[i][j]);
 }
 
@@ -164,8 +184,165 @@ void by_tiles(long n, long rows, long cols, long apart, long K, long ldb, long w
     });
 }
 
-// z = sum over pairs of x with a weight that is turned, [3, 3, C, O].
-template <class T, class G> void product(const Shape& s, const Pair<T>* pairs, int count, T* z, G done) {
+// With stride 1, Winograd's F(2 x 2, 3 x 3) (Lavin, Gray 2016, "Fast algorithms for convolutional neural networks"): a square of four
+// outputs takes 16 products of its 4 x 4 inputs and of the weight, both transformed, instead of 36. Each transform is a small
+// matrix from both sides: a function of columns, and then of rows.
+
+template <class T> inline void to_input(V<T> a, V<T> b, V<T> c, V<T> d, V<T>* to) {
+    to[0] = a - c, to[1] = b + c, to[2] = c - b, to[3] = b - d;
+}
+template <class T> inline void to_output(V<T> a, V<T> b, V<T> c, V<T> d, V<T>* to) { to[0] = a + b + c, to[1] = b - c - d; }
+template <class T> inline void from_output(V<T> a, V<T> b, V<T>* to) { to[0] = a, to[1] = a + b, to[2] = a - b, to[3] = -b; }
+template <class T> inline void to_weight(V<T> a, V<T> b, V<T> c, V<T>* to) {
+    to[0] = a, to[1] = (a + b + c) / T(2), to[2] = (a - b + c) / T(2), to[3] = c;
+}
+template <class T> inline void from_weight(V<T> a, V<T> b, V<T> c, V<T> d, V<T>* to) {
+    to[0] = a + (b + c) / T(2), to[1] = (b - c) / T(2), to[2] = (b + c) / T(2) + d;
+}
+
+// to [16, count], from the 9 taps of each vector.
+template <class T, class F> void transformed_weight(long count, F tap, T* to) {
+    for (long at = 0; at < count; at += LANES<T>) {
+        V<T> half[3][4], whole[4];
+        for (int j = 0; j < 3; j++) to_weight<T>(tap(j, at), tap(3 + j, at), tap(6 + j, at), half[j]);
+        for (int i = 0; i < 4; i++) {
+            to_weight<T>(half[0][i], half[1][i], half[2][i], whole);
+            for (int j = 0; j < 4; j++) store(to + (4 * i + j) * count + at, whole[j]);
+        }
+    }
+}
+
+// The derivative: to [O, 9, C], from that of the transformed weight [16, O, C].
+template <class T> void untransformed_weight(const T* from, long O, long C, T* to) {
+    const long count = O * C;
+    for (long at = 0; at < count; at += LANES<T>) {
+        auto in = [=](int i, int j) { return load(from + (4 * i + j) * count + at); };
+        V<T> half[4][3], whole[3];
+        for (int j = 0; j < 4; j++) from_weight<T>(in(0, j), in(1, j), in(2, j), in(3, j), half[j]);
+        for (int i = 0; i < 3; i++) {
+            from_weight<T>(half[0][i], half[1][i], half[2][i], half[3][i], whole);
+            for (int j = 0; j < 3; j++) store(to + (at / C * 9 + 3 * i + j) * C + at % C, whole[j]);
+        }
+    }
+}
+
+// Some strips of squares, two rows of a map each, out of those of n maps [rows, cols].
+struct Strips {
+    long rows, cols, first, next;
+    long squares() const { return (cols + 1) / 2; }  // of a strip
+    long all() const { return (next - first) * squares(); }
+    // f(which of all squares its first is, map, row) for each.
+    template <class F> void each(F f) const {
+        const long strips = (rows + 1) / 2;
+        for (long strip = first; strip < next; strip++) f((strip - first) * squares(), strip / strips, strip % strips * 2);
+    }
+    template <class F> static void of(long n, long rows, long cols, F f) {
+        in_groups(n * ((rows + 1) / 2), std::max(1L, SQUARES / ((cols + 1) / 2)), [&](long first, long next) {
+            f(Strips{rows, cols, first, next});
+        });
+    }
+};
+
+// to [16, squares, K], of inputs x [n, rows, cols, K]; `zeros` stand for what lies outside.
+template <class T> void transformed_input(const Strips& s, const T* x, long K, const T* zeros, T* to) {
+    const long apart = s.all() * K, cols = s.cols;
+    s.each([=](long first, long map, long row) {
+        const T *rows[4], *at[4][4];
+        for (long i = 0, y = row - 1; i < 4; i++, y++) rows[i] = y < 0 || y >= s.rows ? nullptr : x + (map * s.rows + y) * cols * K;
+        for (long col = 0, square = first * K; col < cols; col += 2, square += K) {
+            for (int j = 0; j < 4; j++) {
+                const long left = col + j - 1;
+                for (int i = 0; i < 4; i++) at[i][j] = rows[i] && left >= 0 && left < cols ? rows[i] + left * K : zeros;
+            }
+            for (long k = 0; k < K; k += LANES<T>) {
+                V<T> half[4][4], whole[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    to_input<T>(load(at[0][j] + k), load(at[1][j] + k), load(at[2][j] + k), load(at[3][j] + k), half[j]);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    to_input<T>(half[0][i], half[1][i], half[2][i], half[3][i], whole);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) store(to + square + (4 * i + j) * apart + k, whole[j]);
+                }
+            }
+        }
+    });
+}
+
+// out [n, rows, cols, K], from the squares' products [16, squares, K].
+template <class T> void transformed_output(const Strips& s, const T* from, long K, T* out) {
+    const long apart = s.all() * K, cols = s.cols;
+    s.each([=](long first, long map, long row) {
+        T* to = out + (map * s.rows + row) * cols * K;
+        const bool second = row + 1 < s.rows;
+        for (long col = 0, square = first * K; col < cols; col += 2, square += K)
+            for (long k = 0; k < K; k += LANES<T>) {
+                V<T> half[4][2], whole[2];
+                auto in = [=](int i, int j) { return load(from + square + (4 * i + j) * apart + k); };
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) to_output<T>(in(0, j), in(1, j), in(2, j), in(3, j), half[j]);
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) {
+                    if (i && !second) break;
+                    to_output<T>(half[0][i], half[1][i], half[2][i], half[3][i], whole);
+                    T* at = to + (i * cols + col) * K + k;
+                    store(at, whole[0]);
+                    if (col + 1 < cols) store(at + K, whole[1]);
+                }
+            }
+    });
+}
+
+// The derivative: to [16, squares, K], from that of out.
+template <class T> void untransformed_output(const Strips& s, const T* out, long K, const T* zeros, T* to) {
+    const long apart = s.all() * K, cols = s.cols;
+    s.each([=](long first, long map, long row) {
+        const T *upper = out + (map * s.rows + row) * cols * K, *lower = row + 1 < s.rows ? upper + cols * K : zeros;
+        for (long col = 0, square = first * K; col < cols; col += 2, square += K)
+            for (long k = 0; k < K; k += LANES<T>) {
+                V<T> half[2][4] = {}, whole[4];
+                for (int j = 0; j < 2; j++)
+                    if (const long at = (col + j) * K + k; col + j < cols) from_output<T>(load(upper + at), load(lower + at), half[j]);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    from_output<T>(half[0][i], half[1][i], whole);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) store(to + square + (4 * i + j) * apart + k, whole[j]);
+                }
+            }
+    });
+}
+
+// As `by_tiles`, of pairs of inputs [n, rows, cols, K] with transformed weights [16, K, width].
+template <class T, class G>
+void by_squares(long n, long rows, long cols, long K, long width, const Pair<T>* pairs, int count, T* out, Work<T>& work, G done) {
+    const int wide = vectors<T>(width);
+    const T* zeros = work.zeros(K);
+    Strips::of(n, rows, cols, [&](const Strips& s) {
+        const long all = s.all(), each = 16 * all * K;
+        T *seen = work.seen.room(count * each), *products = work.squares.room(16 * all * width);
+        for (int p = 0; p < count; p++) transformed_input(s, pairs[p].a, K, zeros, seen + p * each);
+        for (long u = 0; u < 16; u++)
+            in_groups(all, ROWS, [&](long first, long next) {
+                const auto sum = tile_of<T>(next - first, wide);
+                const long at = u * all + first;
+                for (long column = 0; column < width; column += wide * LANES<T>) {
+                    Pair<T> taps[2];
+                    for (int p = 0; p < count; p++) taps[p] = {seen + p * each + at * K, pairs[p].b + u * K * width + column};
+                    sum(taps, count, K, K, width, products + at * width + column, width);
+                }
+            });
+        transformed_output(s, products, width, out);
+        s.each([&](long, long map, long row) {
+            for (long r = row; r < std::min(row + 2, rows); r++) done(map, r);
+        });
+    });
+}
+
+// z = sum over pairs of x with a weight that is `turned`.
+template <class T, class G> void product(const Shape& s, const Pair<T>* pairs, int count, T* z, Work<T>& work, G done) {
+    if (s.by_squares()) return by_squares(s.n, s.rows, s.cols, s.C, s.O, pairs, count, z, work, done);
     by_tiles<T>(s.n, s.rows, s.cols, s.image(), s.C, s.O, s.O, z, [&](long row, long col, Pair<T>* taps) {
         int held = 0;
         for (int p = 0; p < count; p++)
@@ -178,7 +355,15 @@ template <class T, class G> void product(const Shape& s, const Pair<T>* pairs, i
 }
 
 // dx: dz with the weight.
-template <class T> void product_on_x(const Shape& s, const T* dz, const T* weight, T* dx) {
+template <class T> void product_on_x(const Shape& s, const T* dz, const T* weight, T* dx, Work<T>& work) {
+    if (s.by_squares()) {
+        T* to = work.turned.room(16 * s.C * s.O);
+        transformed_weight<T>(s.O * s.C, [&](int t, long at) {
+            return load(weight + (at / s.C * 9 + 8 - t) * s.C + at % s.C);
+        }, to);
+        const Pair<T> pair{dz, to};
+        return by_squares(s.n, s.h, s.w, s.O, s.C, &pair, 1, dx, work, [](long, long) {});
+    }
     by_tiles<T>(s.n, s.h, s.w, s.z_image(), s.O, 9 * s.C, s.C, dx, [&](long y, long x, Pair<T>* taps) {
         int held = 0;
         for (int t = 0; t < 9; t++) {
@@ -225,8 +410,29 @@ template <class T> void outers(const Pair<T>* pairs, int count, long height, lon
     });
 }
 
+template <class T> void squares_on_weight(const Shape& shape, const T* dz, const T* x, T* dweight, Work<T>& work) {
+    const long C = shape.C, O = shape.O;
+    const T* zeros = work.zeros(shape.cols * std::max(C, O));
+    T* sums = work.square_sums.room(16 * O * C);
+    std::fill(sums, sums + 16 * O * C, T(0));
+    Strips::of(shape.n, shape.rows, shape.cols, [&](const Strips& s) {
+        const long all = s.all();
+        T *seen = work.seen.room(16 * all * C), *squares = work.squares.room(16 * all * O);
+        transformed_input(s, x, C, zeros, seen);
+        untransformed_output(s, dz, O, zeros, squares);
+        work.lines.resize(all);
+        for (long u = 0; u < 16; u++) {
+            for (long k = 0; k < all; k++) work.lines[k] = {squares + (u * all + k) * O, seen + (u * all + k) * C};
+            outers(work.lines.data(), all, O, C, sums + u * O * C, C);
+        }
+    });
+    untransformed_weight(sums, O, C, dweight);
+}
+
 // d weight: dz with x.
-template <class T> void product_on_weight(const Shape& s, const T* dz, const T* x, T* dweight, std::vector<Pair<T>>& lines) {
+template <class T> void product_on_weight(const Shape& s, const T* dz, const T* x, T* dweight, Work<T>& work) {
+    if (s.by_squares()) return squares_on_weight(s, dz, x, dweight, work);
+    std::vector<Pair<T>>& lines = work.lines;
     const long step = std::max(1L, PAIRS / (s.n * s.cols));
     std::fill(dweight, dweight + 9 * s.C * s.O, T(0));
     lines.resize(step * s.n * s.cols);
@@ -285,16 +491,14 @@ template <class T> void turn(const T* from, long height, long width, T* to) {
         }
 }
 
-// A thread's memory.
-template <class T> struct Work {
-    Memory<T> turned, other_turned, dz, sums, bordered, patches, y;
-    std::vector<Pair<T>> lines;
-};
-
+// The weight as `product` takes it: [3, 3, C, O], or transformed.
 template <class T> const T* turned(const Shape& s, const T* weight, Memory<T>& memory) {
-    T* to = memory.room(9 * s.C * s.O);
+    const long count = s.C * s.O;
+    T* to = memory.room((s.by_squares() ? 25 : 9) * count);
     turn(weight, s.O, 9 * s.C, to);
-    return to;
+    if (!s.by_squares()) return to;
+    transformed_weight<T>(count, [&](int t, long at) { return load(to + t * count + at); }, to + 9 * count);
+    return to + 9 * count;
 }
 
 // One task's block: a = relu(y), pooled or not, y = gain zh + shift, zh = scale (z - mean).
@@ -391,7 +595,7 @@ template <class T> void forward(const Shape& s, const Task<T>& t, const T* ready
     const long O = s.O;
     long before = 0;
     std::fill(t.mean, t.mean + O, T(0)), std::fill(t.scale, t.scale + O, T(0));
-    product(s, &pair, 1, t.z, [&](long image, long row) {
+    product(s, &pair, 1, t.z, work, [&](long image, long row) {
         add_moments(t.z + (image * s.rows + row) * s.cols * O, s.cols, before, O, t.mean, t.scale);
         before += s.cols;
     });
@@ -432,8 +636,8 @@ void first(const Shape& s, const Task<T>& t, const T* da, const T* more, T* dx, 
         });
     std::copy_n(sums, O, dshift), std::copy_n(sums + O, O, dgain);
     to_dz(s, t, da, dgain, dshift, more, dz);
-    product_on_weight(s, dz, t.x, dweight, work.lines);
-    if (dx) product_on_x(s, dz, t.weight, dx);
+    product_on_weight(s, dz, t.x, dweight, work);
+    if (dx) product_on_x(s, dz, t.weight, dx, work);
 }
 
 template <class T> struct Second {  // cotangents of the first derivative, and what it gave
@@ -450,12 +654,12 @@ template <class T> void second(const Shape& s, const Task<T>& t, const Second<T>
     if (d.ddx) {
         T* dz = work.dz.room(count * O);
         to_dz<T>(s, t, d.da, d.dgain, d.dshift, nullptr, dz);
-        product_on_weight(s, dz, d.ddx, d.on_weight, work.lines);
-        product_on_x(s, dz, d.ddweight, d.on_x);
+        product_on_weight(s, dz, d.ddx, d.on_weight, work);
+        product_on_x(s, dz, d.ddweight, d.on_x, work);
         pairs[1] = {d.ddx, ready ? ready : turned(s, t.weight, work.turned)};
     }
     std::fill(sums, sums + 3 * O, T(0));
-    product(s, pairs, d.ddx ? 2 : 1, q, [&](long image, long row) {
+    product(s, pairs, d.ddx ? 2 : 1, q, work, [&](long image, long row) {
         const long b = whole_band(s, image, row);
         if (b < 0) return;
         add_sums<T, 3>(s, t, b, sums, sums + 3 * O, [&](auto M, const long* at, const Mask<T>* through, long p, long c, T* part) {
@@ -502,9 +706,10 @@ template <class T> void second(const Shape& s, const Task<T>& t, const Second<T>
 
 template <class T> struct Patches {
     const Shape& s;
-    const long size, part, apart;  // of a patch; of a row of its window, in whole vectors; from one patch to the next
+    const long size, part, width, apart;  // of a patch; of a row of its window, in whole vectors; of a patch and more; from one to the next
     explicit Patches(const Shape& s)
-        : s(s), size(9 * s.C), part(whole(3 * s.C)), apart(std::max(6 * s.C + part, whole(size + 1))) {}
+        : s(s), size(9 * s.C), part(whole(3 * s.C)), width((size / (2 * LANES<T>) + 1) * 2 * LANES<T>),  // an even number of vectors
+          apart(std::max(6 * s.C + part, width)) {}
     static long whole(long numbers) { return (numbers + LANES<T> - 1) / LANES<T> * LANES<T>; }
 
     template <class From> const T* bordered(const From* x, Memory<T>& memory) const {
@@ -551,7 +756,7 @@ template <class T> struct Patches {
 // The patches' covariance [size, size] and mean [size], in double: the mean may be large beside the rest.
 template <class T> void take_moments(const Shape& s, const T* x, double* moments, Work<double>& work) {
     const Patches<double> patches(s);
-    const long size = patches.size, width = patches.whole(size + 1), count = s.positions();
+    const long size = patches.size, width = patches.width, count = s.positions();
     const double* bordered = patches.bordered(x, work.bordered);
     double *row = work.patches.room(s.cols * patches.apart), *sums = work.sums.room((size + 1) * width);
     std::fill(sums, sums + (size + 1) * width, 0.0);

@@ -23,7 +23,9 @@ SHAPES = (  # images, side, colours, channels, stride, pooled, whether tasks sha
     (5, 14, 64, 64, 2, False, False), (7, 28, 1, 64, 2, False, True), (20, 7, 32, 32, 2, False, True),
     (6, 4, 32, 48, 2, False, False), (1, 3, 16, 16, 2, False, False), (3, 9, 16, 32, 1, True, False),
     (2, 10, 3, 32, 1, True, True), (13, 5, 5, 80, 1, True, False), (3, 6, 4, 32, 2, False, False),
-    (2, 6, 12, 16, 1, False, True), (2, 7, 2, 48, 2, False, False))
+    (2, 6, 12, 16, 1, False, True), (2, 7, 2, 48, 2, False, False),
+    (4, 12, 32, 16, 1, False, True), (2, 21, 16, 48, 1, True, False), (1, 100, 16, 16, 1, True, True),  # by squares, as 9 is
+    (4, 5, 16, 32, 1, True, False))
 
 
 @pytest.fixture(autouse=True)
