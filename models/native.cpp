@@ -410,6 +410,7 @@ template <class T> void outers(const Pair<T>* pairs, int count, long height, lon
     });
 }
 
+// `product_on_weight` by squares: of each of the 16 parts of a transformed weight, the products of all squares.
 template <class T> void squares_on_weight(const Shape& shape, const T* dz, const T* x, T* dweight, Work<T>& work) {
     const long C = shape.C, O = shape.O;
     const T* zeros = work.zeros(shape.cols * std::max(C, O));
