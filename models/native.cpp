@@ -72,8 +72,12 @@ struct Shape {
     long positions() const { return n * rows * cols; }
     long image() const { return h * w * C; }
     long z_image() const { return rows * cols * O; }
-    // Whether the products are taken by squares of outputs: on small maps too much of them lies outside.
-    bool by_squares() const { return stride == 1 && 64 * ((rows + 1) / 2) * ((cols + 1) / 2) < 3 * (3 * rows - 2) * (3 * cols - 2); }
+    // Whether the products are taken by squares of outputs, 16 for each: where they are less than three quarters of those by taps. On
+    // small maps too much of a square lies outside.
+    bool by_squares() const {
+        const long squares = ((rows + 1) / 2) * ((cols + 1) / 2), taps = (3 * rows - 2) * (3 * cols - 2);
+        return stride == 1 && 4 * 16 * squares < 3 * taps;
+    }
 };
 
 // The convolution's three products are sums over the taps of its window.
@@ -157,6 +161,19 @@ template <class T> auto tile_of(long rows, int wide) {
 template <class F> void in_groups(long count, long most, F f) {
     const long groups = (count + most - 1) / most;
     for (long g = 0; g < groups; g++) f(g * count / groups, (g + 1) * count / groups);
+}
+
+// out [rows, width] = sum over pairs of a [rows, K], rows `apart`, with b [K, width].
+template <class T> void matrix_product(const Pair<T>* pairs, int count, long rows, long apart, long K, long width, T* out) {
+    const int wide = vectors<T>(width);
+    in_groups(rows, ROWS, [&](long first, long next) {
+        const auto sum = tile_of<T>(next - first, wide);
+        for (long column = 0; column < width; column += wide * LANES<T>) {
+            Pair<T> part[2];
+            for (int p = 0; p < count; p++) part[p] = {pairs[p].a + first * apart, pairs[p].b + column};
+            sum(part, count, apart, K, width, out + first * width + column, width);
+        }
+    });
 }
 
 // A tile holds one position of several images: all have the same taps there, and those on the border cost nothing.
@@ -317,22 +334,16 @@ template <class T> void untransformed_output(const Strips& s, const T* out, long
 // As `by_tiles`, of pairs of inputs [n, rows, cols, K] with transformed weights [16, K, width].
 template <class T, class G>
 void by_squares(long n, long rows, long cols, long K, long width, const Pair<T>* pairs, int count, T* out, Work<T>& work, G done) {
-    const int wide = vectors<T>(width);
     const T* zeros = work.zeros(K);
     Strips::of(n, rows, cols, [&](const Strips& s) {
         const long all = s.all(), each = 16 * all * K;
         T *seen = work.seen.room(count * each), *products = work.squares.room(16 * all * width);
         for (int p = 0; p < count; p++) transformed_input(s, pairs[p].a, K, zeros, seen + p * each);
-        for (long u = 0; u < 16; u++)
-            in_groups(all, ROWS, [&](long first, long next) {
-                const auto sum = tile_of<T>(next - first, wide);
-                const long at = u * all + first;
-                for (long column = 0; column < width; column += wide * LANES<T>) {
-                    Pair<T> taps[2];
-                    for (int p = 0; p < count; p++) taps[p] = {seen + p * each + at * K, pairs[p].b + u * K * width + column};
-                    sum(taps, count, K, K, width, products + at * width + column, width);
-                }
-            });
+        for (long u = 0; u < 16; u++) {
+            Pair<T> parts[2];
+            for (int p = 0; p < count; p++) parts[p] = {seen + p * each + u * all * K, pairs[p].b + u * K * width};
+            matrix_product(parts, count, all, K, K, width, products + u * all * width);
+        }
         transformed_output(s, products, width, out);
         s.each([&](long, long map, long row) {
             for (long r = row; r < std::min(row + 2, rows); r++) done(map, r);
@@ -735,14 +746,8 @@ template <class T> struct Patches {
 
     // to [count, O]: with a weight [size + 1, O].
     void product(const T* patches, long count, const T* weight, T* to) const {
-        const int wide = vectors<T>(s.O);
-        in_groups(count, ROWS, [&](long first, long next) {
-            const auto sum = tile_of<T>(next - first, wide);
-            for (long column = 0; column < s.O; column += wide * LANES<T>) {
-                const Pair<T> pair{patches + first * apart, weight + column};
-                sum(&pair, 1, apart, size + 1, s.O, to + first * s.O + column, s.O);
-            }
-        });
+        const Pair<T> pair{patches, weight};
+        matrix_product(&pair, 1, count, apart, size + 1, s.O, to);
     }
 
     // sums [size + 1, width] += products of patches with `others`, which lie their_apart.

@@ -71,7 +71,7 @@ def weak_scaling(rounds: int) -> tuple[float, float, float]:
         for contender in (one, two, *apart):
             contender.end()
     both = [max(pair) for pair in zip(*(c.seconds for c in apart))]
-    return (1 / pair_ratio(two.seconds, one.seconds), min(one.seconds) / min(two.seconds), 1 / pair_ratio(two.seconds, both))
+    return 1 / pair_ratio(two.seconds, one.seconds), min(one.seconds) / min(two.seconds), 1 / pair_ratio(two.seconds, both)
 
 
 def memory() -> dict[str, float]:
