@@ -6,15 +6,17 @@ PROCESSES ?= 2
 .PHONY: train test test-cluster faults soak fuzz bench clean
 
 train: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m launch train --config configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m alpha_maml train --config configs/quickstart.yaml
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/faults --ignore tests/test_slurm.py --ignore tests/test_comparison.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/faults --ignore tests/launch/test_slurm.py \
+	    --ignore tests/tracking/test_comparison.py
 
 # What needs root and Debian's packages: 20 kills, nodes that leave and return, a cluster of two nodes, MLflow in a browser.
 test-cluster: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/test_slurm.py tests/test_comparison.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/launch/test_slurm.py \
+	    tests/tracking/test_comparison.py
 
 # 100 faults of the outside and 100 kills; test-cluster does 13 and 20. Needs root, and iproute2 for nodes as network namespaces.
 faults: .venv/ready

@@ -1,27 +1,60 @@
-"""Task distributions by name."""
+"""Task distributions, their losses, and what a user brings to a trained run.
+
+Belongs here: where tasks come from and how they are drawn. A distribution is a class with `build` and `describe` as in
+`build.Kind`, whose objects are `tasks.TaskSource`; one file and one line below add it. Any other class is a data set of the
+user's own (`own.py`), from which tasks are drawn here.
+May import: `alpha_maml.errors`, `alpha_maml.registry`, `models.ops`.
+Offers: DATASETS, LOSSES (here, without torch), `build.build`, `build.describe`, `tasks.TaskBatch`, `examples.read`.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from alpha_maml.registry import Registry
+
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     import numpy as np
     import torch
     from PIL.Image import Image
 
-    from data.tasks import Loss, TaskSizes, TaskSource
+
+DATASETS = Registry("data.name")
+DATASETS.register("sinusoid", "alpha_maml.data.sinusoid:Sinusoid", "regression")
+DATASETS.register("omniglot", "alpha_maml.data.omniglot:Omniglot", "classification")
+DATASETS.register("folder", "alpha_maml.data.folder:Folder", "classification", "needs a root")
+
+LOSSES = Registry("task.loss", "function")
+LOSSES.register("cross_entropy", "alpha_maml.data.losses.cross_entropy:cross_entropy")
+LOSSES.register("mean_squared_error", "alpha_maml.data.losses.mean_squared_error:mean_squared_error")
 
 
 class Settings(Protocol):
     """The section `data` of a configuration."""
 
-    name: str  # sinusoid, omniglot, folder, or package.module:Class
-    root: str | None
-    size: int
-    colour: bool
-    resident: bool | None
-    args: dict[str, Any]
+    @property
+    def name(self) -> str: ...  # one of DATASETS, or package.module:Class
+    @property
+    def root(self) -> str | None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def colour(self) -> bool: ...
+    @property
+    def resident(self) -> bool | None: ...
+    @property
+    def args(self) -> dict[str, Any]: ...
+
+
+class Context(NamedTuple):
+    """Where a run draws its tasks."""
+
+    cache: Path  # folder for decoded files
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    warn: Callable[[str], None]  # takes lines for the user
 
 
 class Description(NamedTuple):
@@ -29,54 +62,6 @@ class Description(NamedTuple):
 
     input_shape: tuple[int, ...]
     outputs: int
-    loss: Loss
+    loss: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # tasks.Loss
     regression: bool
-    prepare: Callable[[Image], np.ndarray] | None  # an image as the model takes it, where it takes images
-
-
-def described(settings: Settings, ways: int) -> Description:
-    from data.tasks import classification_loss, regression_loss
-
-    if settings.name == "sinusoid":
-        from data.sinusoid import Sinusoid
-
-        return Description(Sinusoid.input_shape, Sinusoid.outputs, regression_loss, True, None)
-    if settings.name == "omniglot":
-        from data.omniglot import Omniglot, prepare
-
-        return Description(Omniglot.input_shape, ways, classification_loss, False, lambda image: prepare(image)[None] / 255.0)
-    if settings.name == "folder":
-        from data.images import resized
-
-        shape = (3 if settings.colour else 1, settings.size, settings.size)
-        return Description(shape, ways, classification_loss, False,
-                           lambda image: resized(image, settings.size, settings.colour) / 255.0)
-    from data.own import shapes
-
-    shape, outputs = shapes(settings.name, settings.args)
-    if outputs is None:
-        return Description(shape, ways, classification_loss, False, None)
-    return Description(shape, outputs, regression_loss, True, None)
-
-
-def build(settings: Settings, cache: Path, sizes: TaskSizes, seed: int, dtype: torch.dtype, device: torch.device,
-          warn: Callable[[str], None]) -> TaskSource:
-    """The distribution that `settings` name; decoded files are kept in `cache`, `warn` takes lines for the user.
-
-    Raises InputError where its files or the task's sizes are wrong.
-    """
-    if settings.name == "sinusoid":
-        from data.sinusoid import Sinusoid
-
-        return Sinusoid(sizes, seed, dtype)
-    if settings.name == "omniglot":
-        from data.omniglot import Omniglot
-
-        return Omniglot(settings.root, cache, sizes, seed, dtype, device)
-    if settings.name == "folder":
-        from data.folder import Folder
-
-        return Folder(settings.root, settings.size, settings.colour, settings.resident, cache, sizes, seed, dtype, device, warn)
-    from data.own import Own
-
-    return Own(settings.name, settings.args, sizes, seed, dtype, device, warn)
+    prepare: Callable[[Image], np.ndarray] | None = None  # an image as the model takes it, where it takes images

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image
 
-from data import images
-from data.errors import InputError, first_line, reading
-from data.images import SUFFIXES
+from alpha_maml.data import images
+from alpha_maml.data.images import SUFFIXES
+from alpha_maml.errors import InputError, first_line, reading
 
 Prepare = Callable[[Image], np.ndarray]  # an image of PIL's -> the model's input
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import store
-from data.errors import InputError, reading
-from data.images import SUFFIXES
-from data.store import Class, File, Note
-from data.tasks import SPLITS, TaskBatch, TaskSizes, classification_batch, draw_examples, usable_classes
+from alpha_maml.data import Context, Description, Settings, store
+from alpha_maml.data.images import SUFFIXES, resized
+from alpha_maml.data.losses.cross_entropy import cross_entropy
+from alpha_maml.data.store import Class, File, Note
+from alpha_maml.data.tasks import SPLITS, TaskBatch, TaskSizes, classification_batch, draw_examples, usable_classes
+from alpha_maml.errors import InputError, reading
 
 SHARES = (0.64, 0.16)  # of the classes, train and val where no split is given; the rest is test: mini-ImageNet's own
 RESIDENT = 0.5  # of a GPU's free memory that the images may fill by themselves
@@ -170,7 +171,7 @@ class Folder:
     def __init__(self, root: str, side: int, colour: bool, resident: bool | None, cache: Path, sizes: TaskSizes, seed: int,
                  dtype: torch.dtype, device: torch.device, warn: Callable[[str], None]):
         self.outputs, self.loss, self.sizes, self.seed, self.dtype = (
-            sizes.ways, sizes.classification_loss(), sizes, seed, dtype)
+            sizes.ways, sizes.cross_entropy(), sizes, seed, dtype)
         decoded = store.load(Path(root), *find(Path(root)), side, colour, cache)
         self.images, self.digest, self.device = decoded.images, decoded.digest, device
         self.input_shape = decoded.images.shape[1:]
@@ -195,7 +196,18 @@ class Folder:
             warn(f"data.root: {root}: " + ", ".join(f"{kind}: {count}" for kind, count in faults.items() if count)
                  + f"; files by name in {decoded.folder / store.LEFT_OUT}")
 
-    def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+    @classmethod
+    def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> Folder:
+        if settings.root is None:
+            raise InputError("data.root: null, and data.name folder needs one; give the folder that holds the images")
+        return cls(settings.root, settings.size, settings.colour, settings.resident, *context[:1], sizes, *context[1:])
+
+    @classmethod
+    def describe(cls, settings: Settings, ways: int) -> Description:
+        return Description((3 if settings.colour else 1, settings.size, settings.size), ways, cross_entropy, False,
+                           lambda image: resized(image, settings.size, settings.colour) / 255.0)
+
+    def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch:
         ways, shots = self.sizes.at(self.seed, split, iteration)
         first, counts = self.classes[split]
         classes, places = draw_examples(self.seed, split, iteration, indices.to(first.device), counts, ways,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from data.errors import first_line
+from alpha_maml.errors import first_line
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError, first_line, reading
-from data.tasks import TaskBatch, TaskSizes, classification_batch, draw, draw_subset
+from alpha_maml.data import Context, Description, Settings
+from alpha_maml.data.losses.cross_entropy import cross_entropy
+from alpha_maml.data.tasks import TaskBatch, TaskSizes, classification_batch, draw, draw_subset
+from alpha_maml.errors import InputError, first_line, reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,13 +147,21 @@ class Omniglot:
             raise InputError(f"task.shots + task.queries: {sizes.shots} + {sizes.queries} is more than the {DRAWINGS} drawings "
                              "of a character; lower one of them")
         self.outputs, self.loss, self.sizes, self.seed, self.dtype = (
-            sizes.ways, sizes.classification_loss(), sizes, seed, dtype)
+            sizes.ways, sizes.cross_entropy(), sizes, seed, dtype)
         images, self.digest = load_images(root, cache)
         self.images = torch.from_numpy(images).to(device)
         turns = [np.rot90(np.arange(SIZE * SIZE).reshape(SIZE, SIZE), k).ravel() for k in range(4)]
         self.turns = torch.from_numpy(np.stack(turns)).to(device)  # pixel positions of each rotation [4, 784]
 
-    def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+    @classmethod
+    def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> Omniglot:
+        return cls(settings.root, context.cache, sizes, context.seed, context.dtype, context.device)
+
+    @classmethod
+    def describe(cls, settings: Settings, ways: int) -> Description:
+        return Description(cls.input_shape, ways, cross_entropy, False, lambda image: prepare(image)[None] / 255.0)
+
+    def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch:
         start, stop = SPLIT_BOUNDS[split]
         ways, shots = self.sizes.at(self.seed, split, iteration)
         tasks, examples = len(indices), shots + self.sizes.queries

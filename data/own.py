@@ -20,23 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError
-from data.imported import imported, reason
-from data.tasks import (
+from alpha_maml.data import DATASETS, Context, Description, Settings
+from alpha_maml.data.losses.cross_entropy import cross_entropy
+from alpha_maml.data.losses.mean_squared_error import mean_squared_error
+from alpha_maml.data.tasks import (
     SPLITS,
     TaskBatch,
     TaskSizes,
     classification_batch,
     draw_examples,
-    regression_loss,
     support_and_query,
     usable_classes,
 )
+from alpha_maml.errors import InputError
+from alpha_maml.registry import reason
 
 
 def built(name: str, args: dict[str, Any]) -> Any:
     """The user's object; raises InputError where it cannot be had or lacks a part."""
-    factory = imported("data.name", name)
+    factory = DATASETS.find(name)
     try:
         own = factory(**args)
     except Exception as error:
@@ -49,7 +51,7 @@ def built(name: str, args: dict[str, Any]) -> Any:
 
 def shapes(name: str, args: dict[str, Any]) -> tuple[tuple[int, ...], int | None]:
     """input_shape and, for a regression, outputs; from the class where it says them, so that its data need not be there."""
-    factory = imported("data.name", name)
+    factory = DATASETS.find(name)
     own = factory if isinstance(getattr(factory, "input_shape", None), tuple) else built(name, args)
     return tuple(own.input_shape), getattr(own, "outputs", None)
 
@@ -72,7 +74,7 @@ class Own:
             raise InputError(f"task.ways: {sizes.ways} must be 2 or more for classification (data.name {name} has no outputs), "
                              "and so must task.min_ways; set it, 5 is common")
         self.outputs = outputs if self.regression else sizes.ways
-        self.loss = regression_loss if self.regression else sizes.classification_loss()
+        self.loss = mean_squared_error if self.regression else sizes.cross_entropy()
         self.classes = {}  # split -> those of enough examples, and how many they have
         for split in SPLITS:
             counts = [int(self.own.examples(split, c)) for c in range(int(self.own.classes(split)))]
@@ -80,7 +82,18 @@ class Own:
             self.classes[split] = torch.tensor(kept), torch.tensor([counts[i] for i in kept])
         self.digest = hashlib.sha256(repr((name, args, [c.tolist() for c, _ in self.classes.values()])).encode()).hexdigest()
 
-    def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+    @classmethod
+    def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> Own:
+        return cls(settings.name, settings.args, sizes, *context[1:])
+
+    @classmethod
+    def describe(cls, settings: Settings, ways: int) -> Description:
+        shape, outputs = shapes(settings.name, settings.args)
+        if outputs is None:
+            return Description(shape, ways, cross_entropy, False)
+        return Description(shape, outputs, mean_squared_error, True)
+
+    def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch:
         ways, shots = self.sizes.at(self.seed, split, iteration)
         kept, counts = self.classes[split]
         classes, places = draw_examples(self.seed, split, iteration, indices.cpu(), counts, ways, shots + self.sizes.queries)

@@ -6,7 +6,9 @@ import math
 import torch
 from torch import Tensor
 
-from data.tasks import TaskBatch, TaskSizes, draw, regression_loss
+from alpha_maml.data import Context, Description, Settings
+from alpha_maml.data.losses.mean_squared_error import mean_squared_error
+from alpha_maml.data.tasks import TaskBatch, TaskSizes, draw
 
 
 class Sinusoid:
@@ -18,12 +20,20 @@ class Sinusoid:
     input_shape = (1,)
     outputs = 1
     on_device = True
-    loss = staticmethod(regression_loss)
+    loss = staticmethod(mean_squared_error)
 
     def __init__(self, sizes: TaskSizes, seed: int, dtype: torch.dtype):
         self.sizes, self.seed, self.dtype = sizes, seed, dtype
 
-    def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+    @classmethod
+    def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> Sinusoid:
+        return cls(sizes, context.seed, context.dtype)
+
+    @classmethod
+    def describe(cls, settings: Settings, ways: int) -> Description:
+        return Description(cls.input_shape, cls.outputs, mean_squared_error, True)
+
+    def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch:
         _, shots = self.sizes.at(self.seed, split, iteration)
         uniforms = draw(self.seed, split, iteration, indices, 0, 2 + shots + self.sizes.queries)
         amplitude = 0.1 + 4.9 * uniforms[:, 0, None, None]

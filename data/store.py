@@ -21,8 +21,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from data import images
-from data.errors import InputError, one_line, say
+from alpha_maml.data import images
+from alpha_maml.errors import InputError, one_line, say
 
 CHUNK = 256  # images between two lines of the journal
 CHECKED = 2**28  # bytes whose checksums are compared when a store is opened: all of a small one, a part of a large one
@@ -95,7 +95,7 @@ def _opened(folder: Path, shape: tuple[int, int, int]) -> Store | None:
     data, offset = content.reshape(-1), 0
     every = -(-len(data) // CHECKED)  # of so many chunks one is read
     for number, (size, checksum) in enumerate(index["chunks"]):
-        if number % every == 0 and zlib.crc32(data[offset : offset + size]) != checksum:
+        if number % every == 0 and zlib.crc32(data[offset : offset + size].data) != checksum:
             return None
         offset += size
     return Store(content, [tuple(c) for c in index["classes"]], [tuple(n) for n in index["notes"]], sealed["digest"], folder)

@@ -15,16 +15,15 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from data.errors import InputError
-from data.gpu import runs_kernels
+from alpha_maml.data.losses.cross_entropy import cross_entropy, cross_entropy_of_present
+from alpha_maml.errors import InputError
+from alpha_maml.models import ops
 
 SPLITS = ("train", "val", "test")
 SIZES_STREAM = 3  # of `draw`; 0 to 2 are classes, examples, rotations
 
-# (outputs, targets) of one task -> (mean loss over its examples, accuracy or nan): both scalars. With an axis of tasks in front
-# of outputs and targets, the same of each task.
+# (outputs, targets) of one task -> (mean loss over its examples, accuracy or nan): data.losses has the contract.
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -48,7 +47,7 @@ class TaskSizes(NamedTuple):
     min_ways: int | None = None  # None: always `ways`
     min_shots: int | None = None
 
-    def at(self, seed: int, split: str, iteration: int) -> tuple[int, int]:
+    def at(self, seed: int, split: str, iteration: int | Tensor) -> tuple[int, int]:
         """Ways and shots of an iteration, each uniform in its range; a function of (seed, split, iteration)."""
         most = (self.ways, self.shots)
         least = (self.min_ways or self.ways, self.min_shots or self.shots)
@@ -58,7 +57,7 @@ class TaskSizes(NamedTuple):
         ways, shots = (low + int(u * (high - low + 1)) for u, low, high in zip(uniforms, least, most))
         return ways, shots
 
-    def count(self) -> int:
+    def variety(self) -> int:
         """How many sizes the iterations' tasks have."""
         return (self.ways - (self.min_ways or self.ways) + 1) * (self.shots - (self.min_shots or self.shots) + 1)
 
@@ -66,9 +65,9 @@ class TaskSizes(NamedTuple):
         """The same without minima."""
         return TaskSizes(self.ways, self.shots, self.queries)
 
-    def classification_loss(self) -> Loss:
+    def cross_entropy(self) -> Loss:
         """The loss of tasks of these ways: a model has `ways` outputs, of which a smaller task uses the first."""
-        return classification_loss if self.min_ways in (None, self.ways) else present_classes_loss
+        return cross_entropy if self.min_ways in (None, self.ways) else cross_entropy_of_present
 
 
 class TaskSource(Protocol):
@@ -77,34 +76,16 @@ class TaskSource(Protocol):
     input_shape: tuple[int, ...]
     outputs: int
     sizes: TaskSizes
-    loss: Loss
+    loss: Loss  # of a task where task.loss names none
     on_device: bool  # whether a batch is drawn without the host; `iteration` may be a tensor then
 
-    def batch(self, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+    def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch:
         """The tasks at `indices` (int64 [T], on the source's device) of the global batch of `iteration`."""
+        ...
 
     def identity(self) -> dict[str, str]:
         """Name and digest of the data, for the record of a run."""
-
-
-def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and accuracy of logits [..., n, N] against labels [..., n]."""
-    accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
-    right = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)  # gather would tie a graph to one size
-    return -torch.where(right, F.log_softmax(logits, -1), 0).sum(-1).mean(-1), accuracy
-
-
-def present_classes_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`classification_loss` among a task's own classes, which are those up to its highest label; the logits [..., n, N] of the
-    others take no part."""
-    absent = torch.arange(logits.shape[-1], device=logits.device) > labels.amax(-1)[..., None, None]
-    return classification_loss(logits.masked_fill(absent, torch.finfo(logits.dtype).min), labels)
-
-
-def regression_loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error of outputs against targets, both [..., n, output]; accuracy does not apply (nan)."""
-    loss = (outputs - targets).square().mean((-1, -2))
-    return loss, torch.full_like(loss.detach(), float("nan"))
+        ...
 
 
 # SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") as a counter-based generator.
@@ -133,10 +114,9 @@ def draw(seed: int, split: str, iteration: int | Tensor, indices: Tensor, stream
 
     `stream` names the purpose (classes, rotations, ...), so that purposes do not share numbers.
     """
-    if runs_kernels(indices):
-        from data import kernels
-
-        return kernels.draw(seed, SPLITS.index(split), iteration, indices, stream, count)
+    drawn = ops.uniforms(seed, SPLITS.index(split), iteration, indices, stream, count)
+    if drawn is not None:
+        return drawn
     state = torch.zeros_like(indices)
     for part in (seed, SPLITS.index(split), iteration, indices, stream):
         state = _mix(state ^ part)
@@ -163,7 +143,7 @@ def draw_distinct(uniforms: Tensor, counts: Tensor) -> Tensor:
     return chosen
 
 
-def draw_examples(seed: int, split: str, iteration: int, indices: Tensor, counts: Tensor, ways: int,
+def draw_examples(seed: int, split: str, iteration: int | Tensor, indices: Tensor, counts: Tensor, ways: int,
                   examples: int) -> tuple[Tensor, Tensor]:
     """For each task at `indices` [T] `ways` classes out of those whose numbers of examples are `counts` [C], and of each so
     many examples: classes [T, N] and places [T, N, examples], int64, on the device of `indices`."""

@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from data.errors import Failure, InputError, first_line, say
-from launch import slurm, use
-from trainer import config as configuration
-from trainer import keys
+from alpha_maml.errors import Failure, InputError, first_line, say
+from alpha_maml.launch import slurm, use
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer.config import keys
+from alpha_maml.trainer.config.keys import values_of
 
 VERBS = {
     "train": "train theta, alpha and beta; the same command again resumes",
@@ -62,11 +63,11 @@ def parser() -> Parser:
         if verb in ("sync", "adapt", "export"):
             sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
             continue
-        for name, (item, kind) in keys.keys().items():
-            value = keys.default(item)
-            text = f"{keys.spelled(kind)}; default {'null' if value is None else value}"
+        for name, key in keys().items():
+            text = f"{values_of(key)}; default {'null' if key.default is None else key.default}"
+            meaning = f"{key.owner}: {key.meaning}" if key.owner else key.meaning
             sub.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE",
-                             help=f"{item.metadata['meaning']} ({text})".replace("%", "%%"))
+                             help=f"{meaning} ({text})".replace("%", "%%"))
     return root
 
 
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         words = sys.argv[1:] if arguments is None else arguments
         known, unknown = parser().parse_known_args(words)
-        overrides = {name: value for name, value in vars(known).items() if name in keys.keys()}
+        overrides = {name: value for name, value in vars(known).items() if name in keys()}
         if unknown:  # names the nearest key
             name, _, value = unknown[0].removeprefix("--").partition("=")
             option = unknown[0].partition("=")[0]
@@ -90,11 +91,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             say(str(error))
         code = 2
     except (Failure, OSError) as error:
-        first = error
-        while isinstance(error.__context__, (Failure, OSError)):
-            error = error.__context__
-            first = error if getattr(error, "filename", True) else first  # what it led to says less; so does one without a name
-        what = f"{first.filename}: {first.strerror}" if getattr(first, "filename", None) else first
+        first, cause = error, error.__context__
+        while isinstance(cause, (Failure, OSError)):
+            first = cause if getattr(cause, "filename", True) else first  # what it led to says less; so does one without a name
+            cause = cause.__context__
+        what = f"{first.filename}: {first.strerror}" if isinstance(first, OSError) and first.filename else first
         say(f"{what}; mend that and give the same command again, which goes on from the last checkpoint")
         code = 1
     except KeyboardInterrupt:
@@ -105,10 +106,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def train(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = configuration.build(known.config, overrides)
-    from launch import runtime
-    from launch.progress import Progress, Unbreakable
-    from models.checks import out_of_memory
-    from trainer import loop
+    from alpha_maml.launch import runtime
+    from alpha_maml.launch.progress import Progress, Unbreakable
+    from alpha_maml.models.checks import out_of_memory
+    from alpha_maml.trainer import loop
 
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)  # nobody may watch, and it trains
     stop = runtime.StopRequest()
@@ -142,23 +143,24 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     part, _, parts = known.part.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise InputError(f"--part: {known.part!r} must be I/N with I from 1 to N; correct it")
-    from launch import runtime
-    from launch.progress import Unbreakable
-    from trainer import spool
-    from trainer import sweep as sweeping
+    from alpha_maml.launch import runtime
+    from alpha_maml.launch.progress import Unbreakable
+    from alpha_maml.trainer.engines import ENGINES
+    from alpha_maml.trainer.runs.folder import lock
+    from alpha_maml.trainer.studies import sweep as sweeping
 
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     folder = Path(base.run_dir)
     cells = sweeping.cells(base, known.grid, known.seeds, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if known.vectorised and base.engine.name != "torch":
+    if known.vectorised and not ENGINES.has(base.engine.name, "replicated"):
         raise InputError(f"--vectorised: engine.name {base.engine.name} shards one run; use engine.name torch")
     if known.jobs > 1 and parts != "1":
         raise InputError("--jobs: --part divides the cells already; drop one of the two")
     alone = parts == "1" and runtime.environment("RANK", 0) == 0  # parts of a job array share the folder
-    with spool.lock(folder) if alone else nullcontext():
+    with lock(folder) if alone else nullcontext():
         if known.jobs > 1:
-            whole = [sys.executable, "-m", "launch", *known.words, "--jobs", "1"]
+            whole = [sys.executable, "-m", "alpha_maml", *known.words, "--jobs", "1"]
             environment = {"OMP_NUM_THREADS": "1"} | os.environ
             jobs = [subprocess.Popen([*whole, "--part", f"{i + 1}/{known.jobs}"], env=environment) for i in range(known.jobs)]
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
@@ -178,7 +180,7 @@ def sweep(known: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from trainer import report as reporting
+    from alpha_maml.trainer.studies import report as reporting
 
     try:
         known.out.parent.mkdir(parents=True, exist_ok=True)
@@ -199,19 +201,19 @@ def report(known: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def sync(known: argparse.Namespace, overrides: dict[str, str]) -> int:
-    from trainer import tracking
+    from alpha_maml.trainer.tracking import sender, state
 
     folder, config = known.run_dir, configuration.of_run(known.run_dir, {})
     if config.tracking.uri == "disabled":
         raise InputError(f"tracking.uri: disabled in {folder / 'config.yaml'}: there is no store to ship it to; name one there")
     try:
-        state = tracking.sync(folder, config.tracking.timeout)
+        reached = sender.sync(folder, config.tracking.timeout)
     except InputError:
         raise
     except Exception as error:
         say(f"the store cannot be reached ({type(error).__name__}: {first_line(error)}); nothing is lost, run the same command "
             "again")
         return 1
-    print(f"{folder}: all {state['offset']} bytes of metrics are in MLflow, run {state['run_id']}")
-    print(tracking.link(config, folder))
+    print(f"{folder}: all {reached['offset']} bytes of metrics are in MLflow, run {reached['run_id']}")
+    print(state.link(config, folder))
     return 0

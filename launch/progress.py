@@ -7,9 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.errors import say
-from trainer import spool
-from trainer.keys import Config
+from alpha_maml.errors import say
+from alpha_maml.trainer.config import Config
+from alpha_maml.trainer.runs.folder import read_json
+from alpha_maml.trainer.runs.summary import SUMMARY, shown
 
 LINE_SECONDS = 10.0  # between plain lines
 
@@ -43,12 +44,12 @@ class Progress:
     def started(self, folder: Path, finished: bool) -> None:
         self.folder, self.finished_before = folder, finished
         if finished:
-            done = spool.read_json(folder / "summary.json").get("iterations", self.config.iterations)
+            done = read_json(folder / SUMMARY).get("iterations", self.config.iterations)
             print(f"{folder} is finished: {done} iterations. Raise iterations to go on, or choose another run_dir.")
             return
         print(f"run: {folder}", flush=True)
         if self.config.tracking.uri != "disabled":
-            from trainer.tracking import Sender
+            from alpha_maml.trainer.tracking.sender import Sender
 
             self.sender = Sender(folder)
 
@@ -74,14 +75,14 @@ class Progress:
         if self.folder is None or self.finished_before:
             return
         unsent = self.sender.close(self.config.tracking.timeout) if self.sender else None
-        summary = spool.read_json(self.folder / "summary.json")
+        summary = read_json(self.folder / SUMMARY)
         if summary:  # a full disk may have kept it from being written
             self._table(summary)
         if unsent:
             say(unsent)
         curves = self.folder / "curves.png"  # the sender draws it, when all is in the store
         if self.sender and not unsent:
-            from trainer.tracking import link
+            from alpha_maml.trainer.tracking.state import link
 
             print(f"\nCurves: {curves}\n{link(self.config, self.folder)}")
         else:
@@ -89,7 +90,7 @@ class Progress:
 
     def _table(self, summary: dict) -> None:
         rows = [("", "first", "last")] + [
-            (label, spool.shown(summary.get(f"{name}_first")), spool.shown(summary.get(f"{name}_last")))
+            (label, shown(summary.get(f"{name}_first")), shown(summary.get(f"{name}_last")))
             for label, name in (("training loss", "loss"), ("alpha", "alpha"), ("beta", "beta"))]
         print()
         for row in rows:
@@ -104,5 +105,5 @@ class Progress:
         reached = summary.get("iterations_to_threshold")
         print(f"  loss under {self.config.loss_threshold:g}: " + (f"iteration {reached}" if reached else "not reached"))
         ranks = summary.get("world_size")
-        print(f"  {spool.shown(summary.get('tasks_per_s'))} tasks/s on {ranks} rank{'s' * (ranks != 1)}, "
+        print(f"  {shown(summary.get('tasks_per_s'))} tasks/s on {ranks} rank{'s' * (ranks != 1)}, "
               f"{summary.get('seconds', 0):.1f} s; everything is in {self.folder}")

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  its default arguments would keep a group that is there already alive
 
-from data.errors import InputError, first_line
-from trainer.collective import World
+from alpha_maml.errors import InputError, first_line
+from alpha_maml.trainer.engines.collective import World
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from data.errors import InputError
-from trainer import config as configuration
-from trainer.keys import Config
+from alpha_maml.errors import InputError
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer.config import Config
 
 HERE = Path(__file__).resolve().parent
 ANSWER = 60.0  # seconds that SLURM has to take the job
@@ -50,7 +50,7 @@ def submit(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Writes and submits the script, or prints it. Raises InputError for wrong input, and where SLURM is absent or refuses."""
     configs = [configuration.build(file, overrides) for file in known.config]
     if known.grid:
-        from trainer import sweep
+        from alpha_maml.trainer.studies import sweep
 
         if len(configs) > 1 or configs[0].run_dir is None:
             raise InputError("--grid: a sweep needs one --config, and its folder in --run_dir; give both")
@@ -58,7 +58,7 @@ def submit(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         known.config = known.config * len(configs)
     configs = [replace(config, run_dir=str(configuration.run_dir(config).resolve())) for config in configs]
     _check(known, configs)
-    place = Path(configs[0].run_dir).parent / "slurm"
+    place = configuration.run_dir(configs[0]).parent / "slurm"
     text = script(known, configs, place)
     if known.dry_run:
         print(text, end="")
@@ -100,7 +100,7 @@ def script(known: argparse.Namespace, configs: list[Config], place: Path) -> str
     for index, (file, config) in enumerate(zip(known.config, configs)):
         comment = f"  # {file}" if file and str(file).isprintable() else ""
         arguments = shlex.join(_arguments(config))
-        runs.append(f"{index}){comment}\n    run_dir={shlex.quote(config.run_dir)}\n    arguments=({arguments}) ;;")
+        runs.append(f"{index}){comment}\n    run_dir={shlex.quote(str(config.run_dir))}\n    arguments=({arguments}) ;;")
     filled = {
         "directives": "\n".join(lines + [f"#SBATCH {option}" for option in known.sbatch]), "runs": "\n".join(runs),
         "python": shlex.quote(sys.executable), "processes": processes(known), "setup": known.setup,
@@ -150,7 +150,7 @@ def _check(known: argparse.Namespace, configs: list[Config]) -> None:
         if 0 < limit <= known.signal_seconds:
             raise InputError(f"--signal-seconds: {known.signal_seconds} leaves nothing of --time {known.time} ({limit} s) to "
                              "train in; lower it, or raise --time")
-    folders: dict[str, object] = {}
+    folders: dict[str | None, object] = {}
     ranks = known.nodes * processes(known)
     for file, config in zip(known.config, configs):
         if config.run_dir in folders:
@@ -162,7 +162,7 @@ def _check(known: argparse.Namespace, configs: list[Config]) -> None:
                              "--nodes or --processes-per-node")
         if config.device == "cuda" and known.gpus_per_node == 0:
             raise InputError("device: cuda needs GPUs; give --gpus-per-node, or use device auto")
-        configuration.check_ownership(Path(config.run_dir), config)
+        configuration.check_ownership(configuration.run_dir(config), config)
 
 
 def _seconds(limit: str) -> int:

@@ -25,4 +25,4 @@ conf=timeout=600
 [[ -z ${IS_HEAD:-} ]] || conf+=,is_host=$IS_HEAD
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="${NODES:-1}" --nproc-per-node="${PROCESSES:-1}" \
     --max-restarts="${RESTARTS:-3}" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-alpha-maml}" \
-    --rdzv-conf="$conf" ${ADDRESS:+--local-addr="$ADDRESS"} -m launch "$@"
+    --rdzv-conf="$conf" ${ADDRESS:+--local-addr="$ADDRESS"} -m alpha_maml "$@"

@@ -11,13 +11,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-from data.errors import InputError, say
-from trainer import config as configuration
-from trainer.keys import Config
+from alpha_maml.errors import InputError, say
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer.config.keys import EVALUATION, Config, keys
 
 Result = TypeVar("Result")
-# What an evaluation may do in another way than the training did, of the keys that decide theta.
-MAY_DIFFER = ("data.", "task.ways", "task.shots", "task.queries", "inner.steps", "seed", "precision")
 FULL = {"task.min_ways": "null", "task.min_shots": "null"}  # what an evaluation's tasks are, whatever the training's were
 
 
@@ -53,16 +51,18 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     out = known.out or folder / f"evaluation-{name}"
     from tqdm import tqdm
 
-    from launch import runtime
-    from trainer import evaluate as evaluation
-    from trainer import loop, tracking
+    from alpha_maml.launch import runtime
+    from alpha_maml.trainer import evaluate as evaluation
+    from alpha_maml.trainer.loop import resume
+    from alpha_maml.trainer.setup import set_up
+    from alpha_maml.trainer.tracking import client
 
     with runtime.world(config.device, config.engine.timeout) as world:
         # alpha may have a row for each inner step of the training; more ranks than tasks in its iterations are welcome here.
         as_trained = configuration.with_key(config, "inner.steps", trained.inner.steps)
-        problem, state = loop.set_up(
+        problem, state = set_up(
             configuration.with_key(as_trained, "task.batch", max(config.task.batch, world.size)), world, trained.task.ways)
-        state = loop.resume(state, folder, world)
+        state = resume(state, folder, world)
         if state.iteration == 0:
             raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
         if world.rank == 0:
@@ -75,12 +75,13 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
             return tqdm(chunks, unit="task", unit_scale=scale, disable=True if world.rank else None, leave=False,
                         dynamic_ncols=True)
 
-        def of_ways(apply: Callable | None) -> Callable | None:
-            return apply and (lambda params, x: apply(params, x)[..., :ways] if ways < trained.task.ways else apply(params, x))
+        def of_ways(apply: Callable) -> Callable:
+            return lambda params, x: apply(params, x)[..., :ways] if ways < trained.task.ways else apply(params, x)
 
-        result = evaluation.evaluate(of_ways(problem.apply), problem.source, state.engine.learned(), alpha, known.split,
-                                     config.evaluation.tasks, problem.inner(state.iteration)._replace(steps=config.inner.steps),
-                                     world, curve=True, progress=bar, forward_tasks=of_ways(problem.apply_tasks))
+        loop = problem.inner(state.iteration)._replace(steps=config.inner.steps)
+        result = evaluation.evaluate(of_ways(problem.apply), problem.source, problem.loss, state.engine.learned(), alpha,
+                                     known.split, config.evaluation.tasks, loop, world, curve=True, progress=bar,
+                                     forward_tasks=problem.apply_tasks and of_ways(problem.apply_tasks))
     if world.rank == 0:
         summary = result.summary() | {
             "split": known.split, "iteration": state.iteration, "steps": config.inner.steps, "ways": config.task.ways,
@@ -90,7 +91,7 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(json.dumps(summary), flush=True)
         figures = {f"{name}/{key}": summary[key] for key in ("loss", "loss_ci95", "accuracy", "accuracy_ci95", "ece")
                    if summary[key] is not None}
-        _in_store(config, folder, lambda: tracking.log_evaluation(config, folder, figures, paths, f"evaluation/{name}"))
+        _in_store(config, folder, lambda: client.log_evaluation(config, folder, figures, paths, f"evaluation/{name}"))
     return 0
 
 
@@ -101,7 +102,7 @@ def _name(split: str, trained: Config, config: Config) -> str:
     for key, value in configuration.trajectory(config).items():
         if value == before[key] or key in FULL:
             continue
-        if not key.startswith(MAY_DIFFER):
+        if EVALUATION not in keys()[key].facts:
             raise InputError(f"{key}: {value} is not what the run was trained with, {before[key]}, and cannot differ in an "
                              "evaluation; leave it out")
         words.append(f"{key.rpartition('.')[2]}{value}")
@@ -109,18 +110,18 @@ def _name(split: str, trained: Config, config: Config) -> str:
 
 
 def adapt(known: argparse.Namespace, overrides: dict[str, str]) -> int:
-    import data
-    from data import examples
+    from alpha_maml.data import examples
+    from alpha_maml.data.build import describe
 
     config = configuration.of_run(known.run_dir, {})
-    prepare = data.described(config.data, config.task.ways).prepare
+    prepare = describe(config.data, config.task.ways).prepare
     support, query = (examples.read(path, f"--{name}", prepare)
                       for name, path in (("support", known.support), ("query", known.query)))
     if support.y is None:
         raise InputError(f"--support: {known.support} has no labels; give a folder for each class, or an .npz file with y")
     if known.steps is not None and known.steps < 0:
         raise InputError(f"--inner.steps: {known.steps} must be 0 or more; correct it")
-    from trainer.learner import load
+    from alpha_maml.trainer.learner import load
 
     learner = load(known.run_dir)
     try:
@@ -139,16 +140,17 @@ def export(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     config, out = configuration.of_run(known.run_dir, {}), known.out or known.run_dir / "model.safetensors"
     if out.suffix != ".safetensors":
         raise InputError(f"--out: {out} must end in .safetensors; correct it")
-    from trainer import tracking
-    from trainer.learner import load
+    from alpha_maml.trainer.learner import load
+    from alpha_maml.trainer.tracking import client
+    from alpha_maml.trainer.tracking.state import store_uri
 
     learner = load(known.run_dir)
     with _written(out):
         learner.save(out)
     print(out, flush=True)
-    model = _in_store(config, known.run_dir, lambda: tracking.log_model(config, known.run_dir, learner, out))
+    model = _in_store(config, known.run_dir, lambda: client.log_model(config, known.run_dir, learner, out))
     if model:
-        store = tracking.store_uri(config, known.run_dir)
+        store = store_uri(config, known.run_dir)
         print(f"MLFLOW_TRACKING_URI={store} mlflow models serve --env-manager local -m {model}")
     return 0
 
@@ -164,12 +166,12 @@ def _written(out: Path | None) -> Iterator[None]:
 
 def _in_store(config: Config, folder: Path, log: Callable[[], Result]) -> Result | None:
     """What `log` puts into the MLflow run of the folder, or a line that says why it is not there."""
-    from trainer import tracking
+    from alpha_maml.trainer.tracking.state import read_state
 
     try:
         if config.tracking.uri == "disabled":
             reason = "tracking.uri is disabled"
-        elif "run_id" not in tracking.read_state(folder):
+        elif "run_id" not in read_state(folder):
             reason = f"the run is not there yet: alpha-maml sync --run_dir {folder}, then run the same command again"
         else:
             return log()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
-from data.errors import InputError
-from data.imported import place, reason
-from models.functional import differentiable_attention, function, skeleton
+from alpha_maml.errors import InputError
+from alpha_maml.models.functional import differentiable_attention, function, skeleton
+from alpha_maml.registry import place, reason
 
 AGREEMENT = 0.01  # largest relative difference of forward_tasks from forward; what a GPU's short floats make is less
 
@@ -79,7 +80,7 @@ def _check_second_derivative(name: str, model: nn.Module, params: dict[str, Tens
                    "inner.order to first"):
         y = function(model, training=False)(params, x)
         gradients = torch.autograd.grad(_square(y), tuple(params.values()), create_graph=True)
-        sum(g.square().sum() for g in gradients).backward()
+        torch.stack([g.square().sum() for g in gradients]).sum().backward()
 
 
 def _square(y: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def _check_vmap(name: str, model: nn.Module, params: dict[str, Tensor], x: Tenso
         gradient = grad(lambda params: _square(train(params, x)))
         if not second_order:
             return gradient(params)
-        first, pullback = vjp(gradient, params)
+        first, pullback = vjp(gradient, params)[:2]
         return pullback(first)[0]
 
     def line(error: Exception, of_randomness: str) -> str:
@@ -133,6 +134,7 @@ def _check_vmap(name: str, model: nn.Module, params: dict[str, Tensor], x: Tenso
 def _check_forward_tasks(name: str, model: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
     remedy = "it must return what forward does for each task; correct or remove it"
     with _refusing(lambda e: f"model.name: {name} has a forward_tasks that fails ({reason(e)}); {remedy}"):
-        found = skeleton(model).eval().forward_tasks({parameter: p[None] for parameter, p in params.items()}, x[None])
+        forward_tasks: Any = skeleton(model).eval().forward_tasks
+        found = forward_tasks({parameter: p[None] for parameter, p in params.items()}, x[None])
     if found.shape != (1, *y.shape) or not float((found[0] - y).norm()) <= AGREEMENT * float(y.norm()):
         raise InputError(f"model.name: {name} has a forward_tasks that differs from its forward; {remedy}")

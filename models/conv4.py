@@ -1,13 +1,14 @@
 """The four-convolution network of few-shot learning (Vinyals et al. 2016; Finn et al. 2017, appendix A)."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import native
-from models.convolution import Convolution, NormRelu
-from models.norm import Norm
+from alpha_maml.models import ops
+from alpha_maml.models.norm import Norm
 
 
 class Convolution3x3(nn.Module):
@@ -63,8 +64,8 @@ class Conv4(nn.Module):
         self.head = nn.Linear(channels * positions, outputs)
         nn.init.zeros_(self.head.bias)
         if norm != "batch":
-            self.forward_tasks = None
-        self.native = False if norm == "batch" and channels % native.CHANNELS == 0 else None  # None: it cannot be
+            self.forward_tasks = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.native = False if norm == "batch" and channels % ops.CHANNELS == 0 else None  # None: it cannot be
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
@@ -73,19 +74,14 @@ class Conv4(nn.Module):
     def forward_tasks(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
         """`forward` of T tasks at once, each with parameters of its own: params by name, each with an axis T in front,
         x [T, n, C, H, W] -> [T, n, outputs]."""
-        x = x.movedim(2, -1)
-        for i, block in enumerate(self.blocks):
+        x, stride = x.movedim(2, -1), 1 if self.pooled else 2
+        for i in range(len(self.blocks)):
             weight, gain, shift = (params[f"blocks.{i}.{name}"] for name in ("conv.weight", "norm.weight", "norm.bias"))
-            if self.native:
-                x = native.block(x, weight, gain, shift, block.conv.stride, self.pooled)
-                continue
-            x = NormRelu.apply(Convolution.apply(x, weight, block.conv.stride), gain, shift)
-            x = _max_pool(x) if self.pooled else x
+            x = ops.block(x, weight, gain, shift, stride, self.pooled, bool(self.native))
         x = x.movedim(-1, 2).flatten(2) if self.pooled else x.mean((2, 3))
         return torch.baddbmm(params["head.bias"][:, None], x, params["head.weight"].mT)
 
 
-def _max_pool(x: Tensor) -> Tensor:
-    """2 x 2 maxima of x [T, n, h, w, C]; memory stays channels last."""
-    maxima = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2)
-    return maxima.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+def conv4_pooled(input_shape: tuple[int, ...], outputs: int, **arguments: Any) -> Conv4:
+    """`Conv4` with max pooling, under a name of its own in `model.name`."""
+    return Conv4(input_shape, outputs, pooled=True, **arguments)

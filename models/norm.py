@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alpha_maml.models.ops import EPS
+
 MODES = ("batch", "frozen", "group", "layer", "none")
-EPS = 1e-5  # torch's
 GROUP = 16  # channels of a group, at least (Wu and He 2018, table 3)
 
 

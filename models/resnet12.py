@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.norm import Norm
+from alpha_maml.models.norm import Norm
 
 SLOPE = 0.1  # of the leaky ReLU
 
@@ -21,8 +21,8 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(Norm(outputs, norm) for _ in sizes)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.shortcut_norm = Norm(outputs, norm)
-        for conv in (*self.convs, self.shortcut):
-            nn.init.kaiming_normal_(conv.weight, SLOPE, "fan_out", "leaky_relu")
+        for weight in (*self.convs.parameters(), self.shortcut.weight):
+            nn.init.kaiming_normal_(weight, SLOPE, "fan_out", "leaky_relu")
 
     def forward(self, x: Tensor) -> Tensor:
         y, last = x, len(self.convs) - 1

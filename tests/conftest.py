@@ -13,9 +13,13 @@ import pytest
 import torch
 from processes import ROOT, command, free_port
 
-import models
-from data.tasks import TaskBatch, classification_loss, regression_loss
-from trainer import checkpoint, spool
+from alpha_maml.data.losses.cross_entropy import cross_entropy
+from alpha_maml.data.losses.mean_squared_error import mean_squared_error
+from alpha_maml.data.tasks import TaskBatch
+from alpha_maml.models.build import build as build_model
+from alpha_maml.models.functional import function
+from alpha_maml.trainer.runs import checkpoint
+from alpha_maml.trainer.runs.metrics import read_metrics
 
 OMNIGLOT = Path(os.environ.get("OMNIGLOT_ROOT", ROOT / "../shared/data/omniglot"))
 
@@ -100,7 +104,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 def started(process: subprocess.Popen, run_dir: Path, lines: int) -> None:
     """Waits until the run has recorded so many iterations."""
     end = time.monotonic() + 120
-    while len(spool.read_metrics(run_dir)) < lines:
+    while len(read_metrics(run_dir)) < lines:
         assert process.poll() is None, f"ended with {process.returncode}: see {run_dir.parent}/output.*"
         assert time.monotonic() < end, "too slow to be alive"
         time.sleep(0.05)
@@ -132,17 +136,17 @@ class Small:
             return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
         if name == "mlp":
-            shape, outputs, self.loss = (1,), 1, regression_loss
+            shape, outputs, self.loss = (1,), 1, mean_squared_error
             self.tasks = TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
         else:
-            shape, outputs, self.loss = (1, 16, 16), 3, classification_loss
+            shape, outputs, self.loss = (1, 16, 16), 3, cross_entropy
             labels = torch.arange(3).expand(tasks, 3)
             self.tasks = TaskBatch(random(tasks, 3, *shape), labels, random(tasks, 3, *shape), labels)
         channels = args.pop("channels", {"mlp": 8, "conv4": 4, "conv4_pooled": 4, "resnet12": 2}.get(name))
-        self.model = models.build(name, shape, outputs, 3, channels, args).double()
+        self.model = build_model(name, shape, outputs, 3, channels, args).double()
         self.theta = {name: p.detach() for name, p in self.model.named_parameters()}
         self.alpha = torch.tensor(0.2, dtype=torch.float64)
-        self.apply = models.function(self.model, training=True)
+        self.apply = function(self.model, training=True)
 
     def task(self, b: int) -> TaskBatch:
         return TaskBatch(*(x[b] for x in self.tasks))

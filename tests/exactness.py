@@ -5,8 +5,10 @@ import pytest
 import torch
 from conftest import Small
 
-from trainer.inner import InnerLoop, Params
-from trainer.maml import MetaGradient, meta_gradient
+from alpha_maml.trainer.core.algebra import Params
+from alpha_maml.trainer.core.inner import InnerLoop
+from alpha_maml.trainer.core.meta_gradient import meta_gradient
+from alpha_maml.trainer.core.sweep import MetaGradient
 
 
 def dot(a: Params, b: Params) -> torch.Tensor:

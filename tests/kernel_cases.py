@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import data.kernels
-from data import tasks
-from models import convolution, kernels
-from trainer.kernels import products
+from alpha_maml.data import tasks
+from alpha_maml.models.ops import convolution, triton_draw
+from alpha_maml.models.ops import triton_convolution as kernels
+from alpha_maml.models.ops.triton_products import products
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = ((2, 1, 3), (3, 20, 8), (2, 128, 5), (2, 700, 11), (1, 1400, 2))  # T, m, O
@@ -78,7 +78,7 @@ def test_draw(seed: int):
     for split, iteration, stream, count in (("train", 0, 0, 1), ("val", 1, 1, 300), ("test", 2**33 + 1, 3, 256)):
         expected = tasks.draw(seed, split, iteration, indices, stream, count)
         for number in (iteration, torch.tensor(iteration, device=DEVICE)):
-            found = data.kernels.draw(seed, tasks.SPLITS.index(split), number, indices.to(DEVICE), stream, count)
+            found = triton_draw.draw(seed, tasks.SPLITS.index(split), number, indices.to(DEVICE), stream, count)
             assert torch.equal(found.cpu(), expected)
         assert torch.equal(tasks.draw(seed, split, torch.tensor(iteration), indices, stream, count), expected)
 

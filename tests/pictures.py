@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.store import Class, File
+from alpha_maml.data.store import Class, File
 
 
 def picture(path: Path, seed: int, side: int = 16, colour: tuple[int, ...] | None = None) -> Path:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed", "trainer.loop",
-                              "launch.cli", "launch.runtime"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed", "alpha_maml.trainer.loop",
+                              "alpha_maml.launch.cli", "alpha_maml.launch.runtime"])
 
 
 def child(arguments: list[str], environment: dict[str, str], output: str, errors: str) -> None:
@@ -28,7 +28,7 @@ def child(arguments: list[str], environment: dict[str, str], output: str, errors
     os.chdir(ROOT)
     os.environ.update(environment)
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
-    from launch.cli import main
+    from alpha_maml.launch.cli import main
 
     main(arguments)
 
@@ -83,4 +83,4 @@ def wrong(*arguments: object, **environment: str) -> str:
 def command(*arguments: object, ranks: int = 0) -> list[str]:
     """The words of a process of its own, under torchrun where `ranks` > 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return [sys.executable, *launcher, "-m", "launch", *map(str, arguments)]
+    return [sys.executable, *launcher, "-m", "alpha_maml", *map(str, arguments)]

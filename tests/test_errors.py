@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import InputError, first_line, reading, say
+from alpha_maml.errors import InputError, first_line, reading, say
 
 
 @pytest.mark.parametrize(("text", "line"), (

@@ -1,12 +1,14 @@
-"""`from trainer import load`: a trained run as a learner with fit and predict (trainer.learner)."""
-from __future__ import annotations
+"""The algorithm and all that trains with it.
 
-from typing import Any
-
-
-def __getattr__(name: str) -> Any:
-    if name == "load":  # imports torch, which the command line's --help need not wait for
-        from trainer.learner import load
-
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+The rooms, each of which may import those above it:
+    core        the mathematics, pure
+    optim       theta's step
+    engines     who holds theta, and where ranks meet
+    config      the keys of a configuration
+    runs        a run's folder
+The files beside them, from a configuration to a trained run: `objective` turns keys into the terms of the mathematics, `setup`
+makes the first state, `step` is one iteration of Algorithm 2, `captured` the same as CUDA graphs, `loop` trains, `evaluate`
+measures, `learner` puts a run to use.
+    tracking    ships a run's folder to MLflow
+    studies     many runs: sweeps, reports
+"""

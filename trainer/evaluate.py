@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from data.tasks import TaskBatch, TaskSource
-from trainer.collective import World, sum_in_place
-from trainer.inner import InnerLoop, Params
-from trainer.maml import Apply, adaptation
+from alpha_maml.data.tasks import Loss, TaskBatch, TaskSource
+from alpha_maml.trainer.core.adaptation import Apply, adaptation
+from alpha_maml.trainer.core.algebra import Params
+from alpha_maml.trainer.core.inner import InnerLoop
+from alpha_maml.trainer.engines.collective import World, sum_in_place
 
 CHUNK = 8  # tasks adapted at once; fixed, so that no bit of a task's result depends on how many ranks share the work
 CHUNK_INPUTS = 2**21  # numbers that the inputs of a chunk of tasks hold on a GPU, which 8 small ones would not fill
@@ -75,9 +76,9 @@ def _or_null(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, split: str, tasks: int, loop: InnerLoop,
-             world: World, curve: bool = False, progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
-             forward_tasks: Apply | None = None) -> Evaluation:
+def evaluate(apply: Apply, source: TaskSource, loss: Loss, theta: Params, alpha: Tensor, split: str, tasks: int,
+             loop: InnerLoop, world: World, curve: bool = False,
+             progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter, forward_tasks: Apply | None = None) -> Evaluation:
     """Adapts to `tasks` tasks of `split` (always the same ones) by the inner loop `loop` with rates alpha, and answers their
     queries after the last step, or for a `curve` after each. `progress` wraps this rank's chunks of tasks while they are worked
     on. `forward_tasks` is `apply` of many tasks at once, where the model can."""
@@ -85,12 +86,13 @@ def evaluate(apply: Apply, source: TaskSource, theta: Params, alpha: Tensor, spl
     model = forward_tasks or apply
 
     def answers(*task: Tensor) -> tuple[Tensor, Tensor]:
-        task, points = TaskBatch(*task), []
-        phis = adaptation(model, source.loss, theta, alpha, task.support_x, task.support_y, loop, together)
+        batch, points, outputs = TaskBatch(*task), [], None
+        phis = adaptation(model, loss, theta, alpha, batch.support_x, batch.support_y, loop, together)
         for step, phi in enumerate(phis):
             if step in after:
-                outputs = model(phi, task.query_x)
-                points.extend(source.loss(outputs, task.query_y))
+                outputs = model(phi, batch.query_x)
+                points.extend(loss(outputs, batch.query_y))
+        assert outputs is not None, "the last step is always among those asked for"
         return torch.stack(points, -1).double(), outputs
 
     results = torch.zeros(tasks, 2 * len(after) + 3 * BINS, dtype=torch.float64, device=world.device)
@@ -121,7 +123,7 @@ def _reliability(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def write(result: Evaluation, summary: dict[str, Any], folder: Path) -> list[Path]:
     """The files of an evaluation in `folder`: its summary, tasks.csv with a line a task, and the figure."""
-    from trainer.figures import draw_evaluation
+    from alpha_maml.trainer.runs.figures import draw_evaluation
 
     classification = not result.accuracies.isnan().all()
     names = ("loss", "accuracy") if classification else ("loss",)

@@ -4,23 +4,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-import data
-import models
-from data.errors import InputError
-from data.tasks import Loss
-from trainer import checkpoint, inner
-from trainer import config as configuration
-from trainer.inner import Params
-from trainer.keys import Config, storage
-from trainer.maml import adapt
-
-ALPHA = "rates.alpha"  # in a checkpoint, and in a saved learner's file
+from alpha_maml.data import LOSSES
+from alpha_maml.data.build import describe
+from alpha_maml.data.tasks import Loss
+from alpha_maml.errors import InputError
+from alpha_maml.models.build import build
+from alpha_maml.models.functional import for_each_step, function
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer import objective
+from alpha_maml.trainer.config import Config, storage
+from alpha_maml.trainer.core.adaptation import adapt
+from alpha_maml.trainer.core.algebra import Params
+from alpha_maml.trainer.core.inner import alpha_sizes, per_step_names
+from alpha_maml.trainer.core.names import ALPHA, learned
+from alpha_maml.trainer.runs import checkpoint
 
 
 class Learner:
@@ -33,11 +37,9 @@ class Learner:
     def __init__(self, config: Config, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor,
                  input_shape: tuple[int, ...], outputs: int, regression: bool):
         self.config, self.apply, self.loss, self.theta, self.alpha = config, apply, loss, theta, alpha
-        per_step = inner.stepped(theta, config.inner.per_step)
-        self.loop = inner.at(config, inner.chosen(theta, config.inner.adapts, per_step), config.iterations, alpha.device,
-                             per_step=per_step)
+        self.loop = objective.inner_loop_at(config, objective.inner_loop(config, theta), config.iterations, alpha.device)
         self.input_shape, self.outputs, self.regression = input_shape, outputs, regression
-        self.classes_: np.ndarray | None = None  # of the task, sorted
+        self.classes_: Any = None  # of the task, sorted: [classes], None for a regression
         self.phi: Params | None = None
 
     def fit(self, support_x: np.ndarray, support_y: np.ndarray, steps: int | None = None) -> Learner:
@@ -137,10 +139,10 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
     path = Path(path)
     config, theta, alpha = _saved(path) if path.suffix == ".safetensors" else _trained(path)
     dtype = getattr(torch, storage(config.precision))
-    kind = data.described(config.data, config.task.ways)
-    model = models.build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels,
-                         config.model.args)
-    models.for_each_step(model, inner.stepped(dict(model.named_parameters()), config.inner.per_step), config.inner.steps)
+    kind = describe(config.data, config.task.ways)
+    loss = kind.loss if config.task.loss is None else LOSSES.find(config.task.loss)
+    model = build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels, config.model.args)
+    for_each_step(model, per_step_names(dict(model.named_parameters()), config.inner.per_step), config.inner.steps)
     needed = dict(model.named_parameters())
     if not alpha.is_floating_point() or any(
             name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point()
@@ -149,9 +151,9 @@ def load(path: str | Path, device: str = "cpu") -> Learner:
                          "code that the run was trained with")
     # Copies: the bytes of a file lie anywhere, and products of unaligned memory round differently.
     theta = {name: theta[name].to(device, dtype, copy=True) for name in needed}
-    apply = models.function(model.to(device, dtype), training=False)
-    learner = Learner(config, apply, kind.loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
-    sizes = inner.alpha_sizes(learner.loop, theta)
+    apply = function(model.to(device, dtype), training=False)
+    learner = Learner(config, apply, loss, theta, alpha.to(device, dtype), kind.input_shape, kind.outputs, kind.regression)
+    sizes = alpha_sizes(learner.loop, theta)
     if alpha.shape != sizes:
         raise InputError(f"run_dir: {path} holds an alpha of shape {list(alpha.shape)}, rates.alpha_shape "
                          f"{learner.loop.alpha_shape} has {list(sizes)}; use the file as it was written")
@@ -164,9 +166,7 @@ def _trained(folder: Path) -> tuple[Config, Params, Tensor]:
     if path is None:
         raise InputError(f"run_dir: {folder} has no checkpoint yet; train it first")
     state = checkpoint.read(path)
-    prefix = "outer.average." if any(name.startswith("outer.average.") for name in state) else "theta."
-    alpha = state.get(ALPHA, torch.empty(0))
-    return config, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}, alpha
+    return config, learned(state), state.get(ALPHA, torch.empty(0))
 
 
 def _saved(path: Path) -> tuple[Config, Params, Tensor]:
@@ -175,7 +175,7 @@ def _saved(path: Path) -> tuple[Config, Params, Tensor]:
             config = json.loads(file.metadata()["config"])
             theta = {name: file.get_tensor(name) for name in file.keys()}
         alpha = theta.pop(ALPHA)
-        return configuration.of(config, f"in {path}", {}), theta, alpha
+        return configuration.from_keys(config, f"in {path}", {}), theta, alpha
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: is not a whole file of `alpha-maml export` ({type(error).__name__}: {error}); write it "
                          "again") from None

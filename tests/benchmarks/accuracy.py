@@ -13,12 +13,15 @@ from pathlib import Path
 
 import torch
 
-from trainer import checkpoint, spool
-from trainer import config as configuration
-from trainer.collective import World
-from trainer.evaluate import evaluate
-from trainer.graph import Captured
-from trainer.loop import METRICS, begin, conclude, set_up, snapshot
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer.captured import Captured
+from alpha_maml.trainer.engines.collective import World
+from alpha_maml.trainer.evaluate import evaluate
+from alpha_maml.trainer.runs import checkpoint
+from alpha_maml.trainer.runs.metrics import Recorder
+from alpha_maml.trainer.runs.summary import begin, conclude
+from alpha_maml.trainer.setup import set_up
+from alpha_maml.trainer.step import METRICS, snapshot
 
 FLUSH = 50  # iterations between two looks at the values
 
@@ -31,8 +34,8 @@ class Run:
         self.config = configuration.build(None, keys | {"run_dir": str(self.folder), "iterations": str(10**9)})
         self.problem, self.state = set_up(self.config, self.world)
         self.folder.mkdir(parents=True)
-        begin(self.folder, self.config, self.problem, 0)
-        self.recorder = spool.Recorder(self.folder, METRICS, self.config.task.batch)
+        begin(self.folder, self.config, self.problem.source.identity(), 1, 0)
+        self.recorder = Recorder(self.folder, METRICS, self.config.task.batch)
         self.step, self.stream, self.begun = Captured(self.problem, self.state), torch.cuda.Stream(), time.monotonic()
         self.advance()
         assert self.step.forms, "not captured"
@@ -50,7 +53,8 @@ class Run:
     def accuracy(self, split: str) -> tuple[float, float]:
         """Mean over 600 of the split's tasks, and half of its 95 % interval."""
         problem, theta = self.problem, self.state.engine.learned()
-        result = evaluate(problem.apply, problem.source, theta, self.state.rates.alpha.to(problem.dtype), split, 600,
+        alpha = self.state.rates.alpha.to(problem.dtype)
+        result = evaluate(problem.apply, problem.source, problem.loss, theta, alpha, split, 600,
                           problem.inner(self.state.iteration), self.world, forward_tasks=problem.apply_tasks)
         return result.accuracy, result.accuracy_ci95
 
@@ -58,7 +62,7 @@ class Run:
         self.recorder.close()
         checkpoint.save(self.folder / "checkpoints", self.state.iteration, snapshot(self.state), {
             "world_size": 1, "trajectory": configuration.trajectory(self.config)}, 1)
-        conclude(self.folder, self.config, self.world, self.begun, "FINISHED", False)
+        conclude(self.folder, self.config, 1, self.world.device, self.begun, "FINISHED", False)
 
 
 def main() -> None:

@@ -21,14 +21,18 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 
-import models
-from data.tasks import TaskBatch, classification_loss
-from launch.runtime import settle
-from models import convolution
-from trainer.collective import World, sum_in_place
-from trainer.inner import InnerLoop
-from trainer.loop import cache
-from trainer.maml import VMAP_INPUTS, each_task, meta_gradient, one_task
+from alpha_maml.data.losses.cross_entropy import cross_entropy
+from alpha_maml.data.tasks import TaskBatch
+from alpha_maml.launch.runtime import settle
+from alpha_maml.models import ops
+from alpha_maml.models.build import build as build_model
+from alpha_maml.models.functional import function
+from alpha_maml.models.ops import convolution
+from alpha_maml.trainer.compiled import compiled
+from alpha_maml.trainer.core.inner import InnerLoop
+from alpha_maml.trainer.core.meta_gradient import VMAP_INPUTS, each_task, meta_gradient, one_task
+from alpha_maml.trainer.engines.collective import World, sum_in_place
+from alpha_maml.trainer.setup import cache
 
 ALPHA = 0.1
 Gradient = dict[str, Any]  # by the names of Reference; arrays of the contender's library
@@ -67,7 +71,7 @@ class Problem:
                  dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.steps, self.ways, self.pooled = steps, ways, size > 28
         shape = (colours, size, size)
-        self.model = models.build("conv4_pooled" if self.pooled else "conv4", shape, ways, 0, channels).to(device, dtype)
+        self.model = build_model("conv4_pooled" if self.pooled else "conv4", shape, ways, 0, channels).to(device, dtype)
         self.theta = {name: p.detach() for name, p in self.model.named_parameters()}
         self.net = Reference(shape, ways, channels, self.pooled).to(device, dtype)
         self.net.load_state_dict({their_name(n): p.permute(0, 3, 1, 2) if p.dim() == 4 else p for n, p in self.theta.items()})
@@ -97,15 +101,15 @@ class Problem:
 
 
 def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
-    """trainer.maml, its shard of the tasks, and the sum over ranks; on a CPU as it runs where there is a compiler."""
+    """core.meta_gradient, its shard of the tasks, and the sum over ranks; on a CPU as it runs where there is a compiler."""
     if native and problem.tasks.support_x.device.type == "cpu":
-        models.natively(problem.model, cache(), "c++")
+        ops.enable_native(problem.model, cache(), "c++")
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tasks = TaskBatch(*(x.tensor_split(size)[rank] for x in problem.tasks))
     alpha = tasks.support_x.new_tensor(ALPHA)
 
     def run() -> Gradient:
-        found = meta_gradient(None, classification_loss, problem.theta, alpha, tasks, InnerLoop(problem.steps),
+        found = meta_gradient(None, cross_entropy, problem.theta, alpha, tasks, InnerLoop(problem.steps),
                               forward_tasks=problem.model.forward_tasks).gradient
         flat = torch.cat([g.flatten() for g in found.values()])
         sum_in_place(flat, World(rank, size))
@@ -116,7 +120,7 @@ def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
 
 
 def captured(run: Callable[[], Gradient]) -> Callable[[], Gradient]:
-    """`run` as one CUDA graph, as trainer.graph makes one of the whole iteration."""
+    """`run` as one CUDA graph, as trainer.captured makes one of the whole iteration."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -149,24 +153,24 @@ def ours_bf16(problem: Problem) -> Callable[[], Gradient]:
 
 
 def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
-    """trainer.maml as it runs models that know nothing of tasks: small ones by torch.func inside vmap, others in turn."""
+    """core.meta_gradient as it runs models that know nothing of tasks: small ones by torch.func inside vmap, others in turn."""
     alpha = problem.tasks.support_x.new_tensor(ALPHA)
 
     def apply(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return functional_call(problem.model, params, (x,))
 
     tasks = problem.tasks
-    in_turn = (tasks.support_x[0].numel() + tasks.query_x[0].numel()) > VMAP_INPUTS  # as trainer.loop decides it
+    in_turn = (tasks.support_x[0].numel() + tasks.query_x[0].numel()) > VMAP_INPUTS  # as trainer.setup decides it
     how = {"chunk": 1, "forward_tasks": one_task(apply)} if in_turn else {}
-    return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, tasks,
+    return lambda: problem.theirs(meta_gradient(apply, cross_entropy, problem.theta, alpha, tasks,
                                                 InnerLoop(problem.steps), **how).gradient)
 
 
 def ours_compiled(problem: Problem) -> Callable[[], Gradient]:
     """The same as one graph of torch.compile (`compile: true`)."""
     alpha = problem.tasks.support_x.new_tensor(ALPHA)
-    apply, way = models.function(problem.model, training=True), models.compiled(each_task)
-    return lambda: problem.theirs(meta_gradient(apply, classification_loss, problem.theta, alpha, problem.tasks,
+    apply, way = function(problem.model, training=True), compiled(each_task)
+    return lambda: problem.theirs(meta_gradient(apply, cross_entropy, problem.theta, alpha, problem.tasks,
                                                 InnerLoop(problem.steps), len(problem.tasks.support_x), each_task=way).gradient)
 
 

@@ -25,12 +25,14 @@ from contenders import captured
 from iteration import KEYS
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import convolution
-from trainer import config as configuration
-from trainer import spool
-from trainer.collective import World
-from trainer.graph import Captured
-from trainer.loop import METRICS, Problem, State, set_up, snapshot, train_step
+from alpha_maml.models.ops import convolution
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer.captured import Captured
+from alpha_maml.trainer.engines.collective import World
+from alpha_maml.trainer.runs.metrics import read_metrics
+from alpha_maml.trainer.runs.summary import iterations_to
+from alpha_maml.trainer.setup import set_up
+from alpha_maml.trainer.step import METRICS, Problem, State, snapshot, train_step
 
 SETTINGS = {"16 x 20-way 1-shot, K = 1": (16, 20, 1, 1, 28, 1, 64), "16 x 20-way 1-shot, K = 5": (16, 20, 1, 5, 28, 1, 64)}
 PEERS = ["ours", "ours, captured", "ours, tf32", "ours, bf16", "learn2learn", "JAX", "JAX, tf32"]
@@ -164,11 +166,11 @@ def whole_run(iterations: int = 2000) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = [word for name, value in KEYS.items() for word in (f"--{name}", value)]
         begun = time.time()
-        subprocess.run([sys.executable, "-m", "launch", "train", *words, "--iterations", str(iterations), "--evaluation.every",
-                        "500", "--tracking.uri", "disabled", "--run_dir", folder], cwd=ROOT, check=True,
+        subprocess.run([sys.executable, "-m", "alpha_maml", "train", *words, "--iterations", str(iterations),
+                        "--evaluation.every", "500", "--tracking.uri", "disabled", "--run_dir", folder], cwd=ROOT, check=True,
                        stdout=subprocess.DEVNULL)
         ended, summary = time.time(), json.loads((Path(folder) / "summary.json").read_text())
-        first = spool.read_metrics(Path(folder))[0]["timestamp"] / 1000
+        first = read_metrics(Path(folder))[0]["timestamp"] / 1000
     print(f"\na whole run of {iterations} iterations, K = 1, 4 evaluations of 200 tasks: the first iteration after "
           f"{first - begun:.1f} s, {ended - begun:.1f} s in all, {summary['tasks_per_s']:.0f} tasks/s", flush=True)
 
@@ -203,7 +205,7 @@ def starts(iterations: int, seeds: int) -> None:
                     state, values = run(state, False)
                     rows.append(values)
                 lines = [dict(zip(METRICS, row)) | {"step": i} for i, row in enumerate(torch.stack(rows).tolist(), 1)]
-                found[seed, alpha, beta] = spool.iterations_to(lines, 2.5)
+                found[seed, alpha, beta] = iterations_to(lines, 2.5)
     reached = sorted(n for n in found.values() if n is not None)
     print(f"\niterations to 2.5, 64 channels, 16 tasks, medians of {seeds} seeds; {len(reached)} of {len(found)} reach it in "
           f"{iterations}, the median run in {statistics.median(reached or [float('nan')])}, the worst in {reached[-1:]}; "

@@ -19,9 +19,10 @@ import torch
 from bench import ROOT, Contender, interleaved
 from contenders import forget_peak, serve
 
-from launch import runtime
-from trainer import config as configuration
-from trainer.loop import set_up, train_step
+from alpha_maml.launch import runtime
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer.setup import set_up
+from alpha_maml.trainer.step import train_step
 
 OMNIGLOT = os.environ.get("OMNIGLOT_ROOT", str(ROOT / "../shared/data/omniglot"))
 KEYS = {"data.name": "omniglot", "data.root": OMNIGLOT, "model.name": "conv4", "inner.steps": "1", "task.batch": "16",
@@ -90,7 +91,7 @@ def start_up(rounds: int) -> float:
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "launch", "train", *words, "--iterations", "1", "--evaluation.tasks", "1",
+            subprocess.run([sys.executable, "-m", "alpha_maml", "train", *words, "--iterations", "1", "--evaluation.tasks", "1",
                             "--tracking.uri", "disabled", "--run_dir", folder], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import Saver
+from alpha_maml.trainer.runs.checkpoint import Saver
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainer import spool
+from alpha_maml.trainer.runs.folder import read_json
 
 ROOT = Path(__file__).parents[2]
 STARTS = "1e-5,1e-4,1e-3,1e-2,1e-1,1,10"
@@ -26,7 +26,7 @@ WAYS = {"in turn": (), "in turn, --jobs 2": ("--jobs", "2"), "--vectorised": ("-
 def timed(folder: Path, iterations: int, words: tuple[str, ...]) -> float:
     threads = "1" if "--jobs" in words else "2"
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "launch", "sweep", "--config", "configs/study/sinusoid.yaml", "--iterations",
+    subprocess.run([sys.executable, "-m", "alpha_maml", "sweep", "--config", "configs/study/sinusoid.yaml", "--iterations",
                     str(iterations), "--grid", f"rates.alpha={STARTS}", "--grid", f"rates.beta={STARTS}", "--tracking.uri",
                     "disabled", "--run_dir", str(folder), *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
                    env=os.environ | {"OMP_NUM_THREADS": threads})
@@ -45,7 +45,7 @@ def main() -> None:
             for way, words in WAYS.items():
                 place = Path(folder, f"{way}{number}")
                 seconds[way].append(timed(place, options.iterations, words))
-                losses[way] = [spool.read_json(path)["loss_first"] for path in sorted(place.glob("*/summary.json"))]
+                losses[way] = [read_json(path)["loss_first"] for path in sorted(place.glob("*/summary.json"))]
     vectorised = statistics.median(seconds["--vectorised"])
     for way in WAYS:
         median = statistics.median(seconds[way])

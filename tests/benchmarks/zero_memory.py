@@ -10,8 +10,10 @@ from __future__ import annotations
 import resource
 import sys
 
-from launch import runtime
-from trainer import config, loop
+from alpha_maml.launch import runtime
+from alpha_maml.trainer import config
+from alpha_maml.trainer.setup import set_up
+from alpha_maml.trainer.step import train_step
 
 
 def main() -> None:
@@ -20,16 +22,16 @@ def main() -> None:
         engine = {"engine.name": "deepspeed", "engine.zero_stage": sys.argv[1]}
     settings = config.build(None, engine | {"model.channels": "3500", "outer.optimizer": "adam", "task.batch": "2"})
     with runtime.world("cpu", 120) as world:
-        problem, state = loop.set_up(settings, world)
+        problem, state = set_up(settings, world)
         for _ in range(3):
-            state, _ = loop.train_step(problem, state, False)
+            state, _ = train_step(problem, state, False)
+        engine = state.engine
+        held = [t for part in engine.memory.parts.values() for t in part.values()]
         if sys.argv[1] == "torch":
-            theta, held = state.engine.theta().values(), [t for part in state.engine.outer[:3] for t in part.values()]
+            theta = engine.theta().values()
         else:
-            inner, optimizer = state.engine, state.engine.optimizer
-            theta = [p.ds_tensor if inner.stage == 3 else p for _, p in inner._named()]
-            held = [t for p in optimizer.pieces for t in optimizer.state[p].values()]
-            held += optimizer.pieces if inner.stage else []
+            theta = [p.ds_tensor if engine.stage == 3 else p for _, p in engine._named()]
+            held += engine.pieces.values() if engine.stage else []
         if world.rank == 0:
             size = {name: sum(t.numel() * t.element_size() for t in tensors) / 1e6
                     for name, tensors in (("theta", theta), ("state", held))}

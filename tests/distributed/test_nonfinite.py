@@ -9,9 +9,11 @@ from conftest import newest_state
 from faulty import Curves
 from processes import ROOT, run, succeed
 
-from data.own import Own
-from data.tasks import TaskSizes
-from trainer import checkpoint, spool
+from alpha_maml.data.own import Own
+from alpha_maml.data.tasks import TaskSizes
+from alpha_maml.trainer.runs import checkpoint
+from alpha_maml.trainer.runs.folder import read_json
+from alpha_maml.trainer.runs.metrics import read_metrics
 
 TASKS, ITERATIONS, SICK = 4, 40, 7
 TESTS = {"PYTHONPATH": str(ROOT / "tests")}
@@ -43,7 +45,7 @@ def test_both_ranks_skip_the_iteration(action: str, rule: str, engine: str, tmp_
     options = ("--on_nonfinite", action, "--rates.rule", rule, "--rates.alpha_hyperlr", 1e-6, "--rates.beta_hyperlr", 1e-8)
     options += ("--precision", "float64") if engine == "torch" else ("--engine.name", engine)
     succeed(*COMMON, tmp_path / "two", *options, ranks=2, **TESTS)
-    lines = spool.read_metrics(tmp_path / "two")
+    lines = read_metrics(tmp_path / "two")
     assert [line["step"] for line in lines if line["guards/nonfinite"]] == BAD
     assert {line["step"] for line in lines if "loss/train" not in line} == set(BAD)
     states = {int(path.name): checkpoint.read(path) for path in checkpoint.saved(tmp_path / "two/checkpoints")}
@@ -66,16 +68,16 @@ def test_stop_ends_the_run_in_that_iteration_and_the_last_checkpoint_is_from_bef
     (line,) = result.stderr.splitlines()
     assert result.returncode == 1 and line.startswith(f"alpha-maml: training diverged at iteration {BAD[0]}")
     assert "alpha 0" in line and "beta 0" in line and "lower rates.alpha" in line
-    assert spool.read_metrics(tmp_path / "run")[-1]["step"] == BAD[0]
+    assert read_metrics(tmp_path / "run")[-1]["step"] == BAD[0]
     assert int(checkpoint.saved(tmp_path / "run/checkpoints")[-1].name) == BAD[0] - 1
-    assert spool.read_json(tmp_path / "run/summary.json")["diverged"] is True
+    assert read_json(tmp_path / "run/summary.json")["diverged"] is True
 
 
 def test_good_checkpoints_are_not_pushed_out_by_a_run_that_diverges(tmp_path: Path):
     result = run("train", "--iterations", 1000, "--checkpoint.every", 5, "--task.batch", 4, "--tracking.uri", "disabled",
                  "--rates.rule", "paper", "--rates.beta_hyperlr", 1e-4, "--run_dir", tmp_path / "run", ranks=2)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
-    skipped = [line["step"] for line in spool.read_metrics(tmp_path / "run") if line["guards/skipped"]]
+    skipped = [line["step"] for line in read_metrics(tmp_path / "run") if line["guards/skipped"]]
     last = checkpoint.saved(tmp_path / "run/checkpoints")[-1]
     assert len(skipped) >= 50 and int(last.name) < skipped[-50]
     assert all(bool(torch.isfinite(t).all()) for t in checkpoint.read(last).values())

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from processes import ROOT, command, succeed
 
-from trainer import spool
+from alpha_maml.trainer.runs.folder import read_json
+from alpha_maml.trainer.runs.metrics import read_metrics
 
 OWN = """
 from torch import nn
@@ -24,7 +25,7 @@ class Tokens(nn.Module):
 
 def test_trains_with_two_processes_and_is_evaluated(tmp_path: Path, omniglot_root: str):
     (tmp_path / "mine.py").write_text(OWN)
-    folder, path = tmp_path / "run", f"{ROOT}{os.pathsep}{tmp_path}"
+    folder, path = tmp_path / "run", str(tmp_path)
     arguments = ("--data.name", "omniglot", "--data.root", omniglot_root, "--model.name", "mine:Tokens", "--model.args",
                  "{width: 8}", "--model.randomness", "different", "--task.ways", 5, "--task.shots", 1, "--task.queries", 2,
                  "--task.batch", 4, "--iterations", 12, "--evaluation.tasks", 10, "--tracking.uri", "disabled",
@@ -33,5 +34,5 @@ def test_trains_with_two_processes_and_is_evaluated(tmp_path: Path, omniglot_roo
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
     assert "UserWarning" not in result.stderr, result.stderr
-    assert spool.read_json(folder / "summary.json")["world_size"] == 2 and len(spool.read_metrics(folder)) == 12
+    assert read_json(folder / "summary.json")["world_size"] == 2 and len(read_metrics(folder)) == 12
     assert '"tasks": 20' in succeed("evaluate", "--run_dir", folder, "--evaluation.tasks", 20, PYTHONPATH=path).stdout

@@ -9,7 +9,8 @@ import torch
 from conftest import apart, newest_state, same_bits
 from processes import ROOT, command, free_port, run, succeed
 
-from trainer import spool
+from alpha_maml.trainer.runs.folder import read_json
+from alpha_maml.trainer.runs.metrics import read_metrics
 
 # Seven tasks: every world size but one and seven shards them unevenly.
 COMMON = ("--task.batch", 7, "--task.shots", 5, "--task.queries", 5, "--inner.steps", 2, "--iterations", 20,
@@ -32,9 +33,9 @@ def test_world_sizes_agree(rule: str, precision: str, tolerance: float, tmp_path
         for names in ("theta.", "rates.alpha", "rates.beta", "outer.previous."):
             assert apart(state, newest_state(plain), names) <= tolerance, (size, names)
     assert apart(states[1], newest_state(plain), "theta.") == 0, "torchrun with one process is the plain command"
-    losses = [spool.read_json(tmp_path / str(size) / "summary.json")["val_loss"] for size in states]
+    losses = [read_json(tmp_path / str(size) / "summary.json")["val_loss"] for size in states]
     assert losses == pytest.approx([losses[0]] * 4, rel=100 * tolerance)
-    skipped = [line["guards/skipped"] for line in spool.read_metrics(plain)]
+    skipped = [line["guards/skipped"] for line in read_metrics(plain)]
     moved = (states[4]["rates.alpha"] != 0.01).any() and states[4]["rates.beta"] != 0.001
     assert sum(skipped) == 0 and moved, "nothing happened"
 
@@ -74,7 +75,7 @@ def test_the_same_world_size_twice_gives_the_same_bits_and_so_does_a_resumed_run
     for name in first:
         assert torch.equal(first[name], second[name]) and torch.equal(first[name], resumed[name]), name
     assert any(not torch.equal(half[name], resumed[name]) for name in half if name.startswith("rates."))
-    steps = [line["step"] for line in spool.read_metrics(tmp_path / "c")]
+    steps = [line["step"] for line in read_metrics(tmp_path / "c")]
     assert steps == list(range(1, 21)), "each iteration stands once"
 
 

@@ -29,7 +29,7 @@ from conftest import same_bits
 from processes import ROOT
 from victim import last_line
 
-from trainer import spool
+from alpha_maml.trainer.runs.metrics import METRICS
 
 GAP = 60  # iterations between kills
 PROBLEM = ("train", "--task.batch", "4", "--task.shots", "5", "--task.queries", "5", "--tracking.uri", "disabled",
@@ -77,7 +77,7 @@ class Job:
 
     def step(self) -> int:
         """The last recorded iteration."""
-        return last_line(self.folder / spool.METRICS)[0]
+        return last_line(self.folder / METRICS)[0]
 
     def wait_for(self, step: int, seconds: float = 120) -> float:
         """Waits for an iteration to be recorded; the seconds it took."""
@@ -182,7 +182,7 @@ class Nodes:
 
 def local_job(folder: Path, arguments: tuple[str, ...]) -> Job:
     return Job(folder, [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                         "--max-restarts=1000", "--shutdown-timeout=3", "-m", "launch", *arguments]], [ENVIRONMENT])
+                         "--max-restarts=1000", "--shutdown-timeout=3", "-m", "alpha_maml", *arguments]], [ENVIRONMENT])
 
 
 def campaign(kills: int, seed: int, folder: Path, say: Callable[[str], object]) -> list[bool]:

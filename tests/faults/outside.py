@@ -28,7 +28,9 @@ from conftest import same_bits
 from processes import free_port
 from victim import EVERY, GRACE, ITERATIONS, Run, backwards, on_a_terminal, terminal
 
-from trainer import spool, tracking
+from alpha_maml.trainer.runs.folder import read_json
+from alpha_maml.trainer.runs.metrics import METRICS, read_metrics
+from alpha_maml.trainer.tracking.state import read_state
 
 QUIET, ENDLESS = ("--tracking.uri", "disabled", "--iterations", str(ITERATIONS)), ("--iterations", "1000000")
 PATIENCE = 1  # tracking.timeout of these runs, seconds
@@ -80,7 +82,7 @@ class Outside:
             run.is_saved()
             (line,) = run.lines()
             assert line.startswith("alpha-maml: MLflow lacks the last ") and "alpha-maml sync" in line
-            slowest = max(line["perf/step_ms"] for line in spool.read_metrics(run.folder))
+            slowest = max(line["perf/step_ms"] for line in read_metrics(run.folder))
             assert slowest < 2000, f"an iteration took {slowest} ms"
 
     def mlflow_is_away(self) -> str:
@@ -117,7 +119,7 @@ class Outside:
     def sqlite_is_locked(self) -> str:
         uri = f"sqlite:///{self.folder}/locked.db"
         with Run(self.place(), *ENDLESS, "--tracking.uri", uri, "--tracking.timeout", "60") as run:
-            run.wait_for(lambda: tracking.read_state(run.folder).get("offset"))
+            run.wait_for(lambda: read_state(run.folder).get("offset"))
             with closing(sqlite3.connect(self.folder / "locked.db", timeout=60, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
                 before = run.step()
@@ -127,8 +129,8 @@ class Outside:
             run.signal(signal.SIGTERM)
             assert run.codes(60 + GRACE) == [143] and run.lines() == [], run.text()
             run.is_saved()
-            state = tracking.read_state(run.folder)
-            assert state["complete"] and state["offset"] == (run.folder / spool.METRICS).stat().st_size
+            state = read_state(run.folder)
+            assert state["complete"] and state["offset"] == (run.folder / METRICS).stat().st_size
         return "trains on; once the lock is gone every point is in the store"
 
     # The disk. --------------------------------------------------------------------------------------------------------------
@@ -178,9 +180,9 @@ class Outside:
         ranks = self.chance.choice((0, 2))
         with Run(self.place(), *QUIET, ranks=ranks, target=backwards) as run:
             assert set(run.codes(60)) == {0} and run.lines() == [], run.text()
-            times = [line["timestamp"] for line in spool.read_metrics(run.folder)]
+            times = [line["timestamp"] for line in read_metrics(run.folder)]
             assert min(b - a for a, b in zip(times, times[1:])) < -3.5e6, "the clock never went back"
-            assert 0 < spool.read_json(run.folder / "summary.json")["seconds"] < 60
+            assert 0 < read_json(run.folder / "summary.json")["seconds"] < 60
             self.goes_on(run.folder, ranks)
         return "finishes, the same bits, durations right"
 
@@ -224,7 +226,7 @@ class Outside:
                 "100") as run:
             self.disturbed(run)
             run.signal(signal.SIGINT)
-            run.wait_for(lambda: spool.read_json(run.folder / "status.json")["status"] == "KILLED")
+            run.wait_for(lambda: read_json(run.folder / "status.json")["status"] == "KILLED")
             run.signal(signal.SIGINT)
             assert run.codes(2) == [-signal.SIGINT]
             run.is_saved()

@@ -22,7 +22,8 @@ import psutil
 from harness import ENVIRONMENT, ROOT
 from victim import last_line
 
-from trainer import spool, tracking
+from alpha_maml.trainer.runs.metrics import METRICS, read_metrics
+from alpha_maml.trainer.tracking.state import read_state
 
 SECONDS = 1.0  # between samples
 SLOPE, PACE = 2**20, 0.05  # bytes of memory per 10,000 iterations; change of the pace
@@ -43,7 +44,7 @@ def processes(agent: psutil.Process) -> dict[str, psutil.Process]:
     found = {}
     for process in agent.children(recursive=True):
         command = process.cmdline()
-        if "trainer.tracking" in command:
+        if "alpha_maml.trainer.tracking.sender" in command:
             found["sender"] = process
         elif "RANK" in process.environ():
             found[f"rank {process.environ()['RANK']}"] = process
@@ -53,18 +54,18 @@ def processes(agent: psutil.Process) -> dict[str, psutil.Process]:
 def watch(iterations: int, folder: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, int]]]:
     """Trains in `folder`; the samples of each process, and (iteration, bytes not shipped) all along."""
     run = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch", "train",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "alpha_maml", "train",
          "--task.batch", "4", "--evaluation.tasks", "8", "--iterations", str(iterations), "--run_dir", str(folder),
          "--tracking.timeout", "600"],
         cwd=ROOT, env=ENVIRONMENT, stdout=sys.stderr, stderr=sys.stderr)
     samples, backlog, agent = {}, [], psutil.Process(run.pid)
     while run.poll() is None:
         time.sleep(SECONDS)
-        metrics = folder / spool.METRICS
+        metrics = folder / METRICS
         step, size = last_line(metrics)
         if not 0 < step < iterations:
             continue
-        backlog.append((step, size - tracking.read_state(folder).get("offset", 0)))
+        backlog.append((step, size - read_state(folder).get("offset", 0)))
         try:
             for name, process in processes(agent).items():
                 with process.oneshot():
@@ -107,8 +108,8 @@ def main() -> None:
         samples, backlog = watch(iterations, folder)
         seconds = time.monotonic() - begun
         watch(tenth, fresh)
-        times, again = ([line["perf/step_ms"] for line in spool.read_metrics(x)] for x in (folder, fresh))
-        complete, size = tracking.read_state(folder).get("complete", False), (folder / spool.METRICS).stat().st_size
+        times, again = ([line["perf/step_ms"] for line in read_metrics(x)] for x in (folder, fresh))
+        complete, size = read_state(folder).get("complete", False), (folder / METRICS).stat().st_size
     print(f"{iterations} iterations in {seconds:.0f} s, measured from iteration {tenth} on\n\n"
           "| process | memory at the end, MB | MB per 10,000 iterations | file descriptors | threads | CPU ms an iteration, "
           "first and second half |\n|---|---|---|---|---|---|")

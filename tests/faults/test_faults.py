@@ -9,7 +9,7 @@ import pytest
 from conftest import apart, newest_state
 from harness import GAP, PROBLEM, Nodes, campaign, kill_node, local_job
 
-from trainer import spool
+from alpha_maml.trainer.runs.folder import read_json
 
 KILLS = int(os.environ.get("FAULTS", 20))
 
@@ -35,7 +35,7 @@ def test_a_node_leaves_and_returns(tmp_path: Path):
     worlds = []
 
     def world() -> int:
-        worlds.append(spool.read_json(folder / "status.json")["world_size"])
+        worlds.append(read_json(folder / "status.json")["world_size"])
         return worlds[-1]
 
     with Nodes() as nodes:
@@ -62,5 +62,5 @@ def test_a_node_leaves_and_returns(tmp_path: Path):
     job.end()
     assert [w for i, w in enumerate(worlds) if i == 0 or worlds[i - 1] != w][-3:] == [2, 1, 2]
     assert apart(newest_state(folder), newest_state(quiet), "theta.") < 1e-6, "not the same tasks"
-    last, loss = (spool.read_json(x / "summary.json")["loss_last"] for x in (folder, quiet))
+    last, loss = (read_json(x / "summary.json")["loss_last"] for x in (folder, quiet))
     assert last == pytest.approx(loss, rel=1e-6)

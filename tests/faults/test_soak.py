@@ -6,7 +6,7 @@ from pathlib import Path
 
 from soak import BACKLOG, RANKS, watch
 
-from trainer import tracking
+from alpha_maml.trainer.tracking.state import read_state
 
 
 def test_two_ranks_gather_neither_descriptors_nor_threads_nor_unsent_lines(tmp_path: Path):
@@ -17,4 +17,4 @@ def test_two_ranks_gather_neither_descriptors_nor_threads_nor_unsent_lines(tmp_p
         for what in ("descriptors", "threads"):
             values = [getattr(sample, what) for sample in samples[name]]
             assert statistics.median(values[half:]) <= statistics.median(values[:half]), (name, what, values)
-    assert max(unsent for _, unsent in backlog) < BACKLOG and tracking.read_state(tmp_path / "run")["complete"]
+    assert max(unsent for _, unsent in backlog) < BACKLOG and read_state(tmp_path / "run")["complete"]

@@ -16,7 +16,8 @@ import psutil
 import torch
 from processes import FORKS, ROOT, child, places
 
-from trainer import checkpoint, spool
+from alpha_maml.trainer.runs import checkpoint
+from alpha_maml.trainer.runs.metrics import METRICS, read_metrics
 
 ITERATIONS, EVERY = 400, 20
 PROBLEM = ("train", "--task.batch", "4", "--evaluation.tasks", "8", "--checkpoint.every", str(EVERY), "--engine.timeout", "20")
@@ -55,13 +56,13 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        senders = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["trainer.tracking",
-                                                                                                    str(self.folder)]]
+        command = ["alpha_maml.trainer.tracking.sender", str(self.folder)]
+        senders = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == command]
         for process in (*self.processes, *senders):
             process.kill()
 
     def step(self) -> int:
-        return last_line(self.folder / spool.METRICS)[0]
+        return last_line(self.folder / METRICS)[0]
 
     def wait_for(self, fact: Callable[[], object], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
@@ -94,7 +95,7 @@ class Run:
 
     def is_whole(self) -> None:
         """Each iteration stands once in the record, and the newest checkpoint, if any, is whole and finite."""
-        steps = [line["step"] for line in spool.read_metrics(self.folder)]
+        steps = [line["step"] for line in read_metrics(self.folder)]
         assert steps == list(range(1, len(steps) + 1)), "iterations are missing"
         path, complaints = checkpoint.newest(self.folder / "checkpoints")
         assert not complaints
@@ -109,7 +110,7 @@ class Run:
 
 def backwards(arguments: list[str], *rest: object) -> None:
     """A process whose clock goes an hour back after some iterations."""
-    true, metrics = time.time, Path(arguments[-1]) / spool.METRICS
+    true, metrics = time.time, Path(arguments[-1]) / METRICS
     time.time = lambda: true() - (3600 if last_line(metrics)[0] >= EVERY else 0)
     child(arguments, *rest)
 

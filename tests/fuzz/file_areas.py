@@ -19,7 +19,7 @@ from hypothesis.strategies import DataObject
 from pictures import chunk, claiming
 from PIL import Image
 
-from data import examples, folder, images, omniglot, store
+from alpha_maml.data import examples, folder, images, omniglot, store
 
 NAMES = ("../../owned.png", "/owned.png", "a/../../owned.png", "C:\\owned.png", "a\\..\\b.png", "é.png", "a" * 300 + ".png",
          ".png", "a.png/")

@@ -28,7 +28,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, strategies
 from hypothesis.strategies import DataObject
 
-from data.errors import InputError
+from alpha_maml.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/pictures.py
 SECONDS = 30  # that a case may take; the slowest takes two
@@ -113,7 +113,7 @@ def called(function: Callable[..., object], *arguments: object) -> str:
 def commanded(words: list[str], result: Path | None = None) -> str:
     """The outcome of a command line, by its exit code and what it said. `result` must be there if, and only if, it
     succeeded."""
-    from launch.cli import main
+    from alpha_maml.launch.cli import main
 
     output, errors = io.StringIO(), io.StringIO()
     try:

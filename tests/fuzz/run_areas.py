@@ -13,8 +13,11 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from trainer import checkpoint, load, spool, tracking
-from trainer.config import build
+from alpha_maml import load
+from alpha_maml.trainer.config import build
+from alpha_maml.trainer.runs import checkpoint
+from alpha_maml.trainer.runs.metrics import METRICS, read_lines
+from alpha_maml.trainer.tracking.state import STATE, read_state
 
 QUICK = ("train", "--tracking.uri=disabled", "--task.batch=2", "--task.shots=3", "--task.queries=3", "--evaluation.tasks=2",
          "--model.channels=4", "--checkpoint.every=2")
@@ -125,7 +128,7 @@ def use(path: Path) -> None:
 
 def spool_case(data: DataObject, folder: Path) -> str:
     run = copied()
-    metrics = run / spool.METRICS
+    metrics = run / METRICS
     lines = metrics.read_bytes().splitlines(keepends=True)
     how = data.draw(st.sampled_from(("bytes", "torn", "torn end", "other run", "order", "json", "values", "state", "state file",
                                      "summary", "config")))
@@ -149,7 +152,7 @@ def spool_case(data: DataObject, folder: Path) -> str:
                                   {k: v for k, v in line.items() if k != name}).encode() + b"\n"
         metrics.write_bytes(b"".join(lines))
     else:
-        file = run / {"summary": "summary.json", "config": "config.yaml"}.get(how, tracking.STATE)
+        file = run / {"summary": "summary.json", "config": "config.yaml"}.get(how, STATE)
         state = {"run_id": "0" * 32, "experiment_id": "0", "offset": len(lines[0]), "complete": False}
         content = file.read_bytes() if file.is_file() else json.dumps(state).encode()
         if how == "state":
@@ -169,7 +172,7 @@ def spool_case(data: DataObject, folder: Path) -> str:
 def to_ship(run: Path) -> list:
     """What the sender would send of a run, all of it numbers."""
     build(run / "config.yaml", {})
-    found = list(spool.read_lines(run, tracking.read_state(run).get("offset", 0)))
+    found = list(read_lines(run, read_state(run).get("offset", 0)))
     assert all(isinstance(value, int | float) for _, line in found for value in line.values())
     return found
 

@@ -14,10 +14,10 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
-from data.errors import InputError
-from launch import cli
-from trainer import config as configuration
-from trainer.keys import UNION, keys
+from alpha_maml.errors import InputError
+from alpha_maml.launch import cli
+from alpha_maml.trainer import config as configuration
+from alpha_maml.trainer.config.keys import UNION, keys
 
 NAMES = sorted(keys())
 NASTY = ("", " ", "null", "~", "nan", "inf", "-inf", "1e999", "-1", "0", "1e-400", "0x10", "1_0", "1:30", "é", "\u202e", "🙈",
@@ -38,7 +38,8 @@ FITTING = {int: (0, 1, 2, 3, 5, 10, 10**9, 10**40), float: (0, 1e-320, 1e-30, 1e
 @functools.cache
 def fitting(name: str) -> st.SearchStrategy:
     """Values of a key's own type: small, usual and extreme."""
-    kind = keys()[name][1]
+    key = keys()[name]
+    kind = typing.Literal[tuple(key.registry.places)] if key.registry and len(key.registry.places) > 1 else key.kind
     kinds = typing.get_args(kind) if typing.get_origin(kind) in UNION else (kind,)
     return st.sampled_from([value for k in kinds for value in FITTING.get(k) or typing.get_args(k)])  # a Literal's own
 

@@ -1,0 +1,98 @@
+"""From a configuration to everything that the first iteration needs."""
+from __future__ import annotations
+
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pooch
+import torch
+from torch import nn
+
+from alpha_maml.data import LOSSES, Context
+from alpha_maml.data.build import build as build_source
+from alpha_maml.data.tasks import TaskSizes
+from alpha_maml.errors import InputError, say
+from alpha_maml.models import checks, ops
+from alpha_maml.models.build import build as build_model
+from alpha_maml.models.functional import for_each_step, function, skeleton
+from alpha_maml.models.norm import calibrate
+from alpha_maml.trainer import objective
+from alpha_maml.trainer.compiled import compiled
+from alpha_maml.trainer.config import Config, storage
+from alpha_maml.trainer.core.inner import alpha_sizes, per_step_names
+from alpha_maml.trainer.core.meta_gradient import VMAP_INPUTS, each_task, one_task
+from alpha_maml.trainer.engines import ENGINES
+from alpha_maml.trainer.engines.collective import World
+from alpha_maml.trainer.step import Problem, State
+
+CALIBRATING = 16  # tasks whose support sets set frozen norms: at any number of ranks the same
+
+
+def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, State]:
+    """The problem and the first state; raises InputError for what the configuration gets wrong. The model has `outputs` outputs
+    where the tasks ask for fewer."""
+    task, dtype = config.task, getattr(torch, storage(config.precision))
+    products = "tf32" if config.precision == "tf32" else "ieee"  # torch's own default is tf32 for convolutions alone
+    backends: Any = torch.backends  # its stubs lack the newer of these
+    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = products
+    if config.capture and world.device.type != "cuda":
+        raise InputError("capture: true needs a GPU, and there is none; leave it null")
+    if world.size > task.batch:
+        raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
+                         f"most {task.batch} processes")
+    sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
+    source = build_source(config.data, sizes, Context(
+        cache(), config.seed, dtype, world.device, say if world.rank == 0 else lambda line: None))
+    loss = source.loss if task.loss is None else LOSSES.find(task.loss)
+    outputs = max(outputs, source.outputs)
+    model = build_model(config.model.name, source.input_shape, outputs, config.seed, config.model.channels,
+                        config.model.args).to(world.device, dtype)
+    if ":" in config.model.name:  # ours are held against this by the tests, and torch.func takes a second to import
+        checks.check(config.model.name, model, source.input_shape, outputs, config.model.randomness,
+                     config.inner.order == "second")
+    some = torch.arange(CALIBRATING, device=world.device)
+    calibrate(model, lambda: source.batch("train", 0, some).support_x.flatten(0, 1))
+    for_each_step(model, per_step_names(dict(model.named_parameters()), config.inner.per_step), config.inner.steps)
+    hollow, indices = skeleton(model), world.shard(task.batch)  # theta lives in the engine
+    outer = objective.outer_step(config)
+    engine = ENGINES.find(config.engine.name).build(model, outer, objective.divisor(config), world, config.engine.zero_stage)
+    apply, train_apply = (function(hollow, training) for training in (False, True))
+    apply_tasks = forward_tasks = getattr(hollow, "forward_tasks", None)
+    chunk = task.chunk
+    inputs = task.ways * (task.shots + task.queries) * math.prod(source.input_shape)
+    native = _enable_native(hollow, config, world)
+    graph = bool(config.compile) and not native
+    if config.model.randomness != "error" or graph:
+        forward_tasks = None  # only vmap can tell tasks' draws apart, and be one graph
+    elif forward_tasks is None and world.device.type == "cpu" and inputs > VMAP_INPUTS:
+        forward_tasks, chunk = one_task(train_apply), 1
+    seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
+    theta = dict(model.named_parameters())
+    loop = objective.inner_loop(config, theta, seed)
+    problem = Problem(
+        config, world, source, loss, apply, train_apply, indices, dtype, loop, objective.rule(config),
+        outer.optimizer.along_gradient and outer.trust > 0 and outer.clip == 0, apply_tasks, forward_tasks,
+        compiled(each_task, sizes.variety()) if graph else each_task, chunk)
+    return problem, State(engine, objective.first_rates(config, alpha_sizes(loop, theta), world.device), 0)
+
+
+def cache() -> Path:
+    """Where decoded data and compiled code are kept; users and tests move it by XDG_CACHE_HOME."""
+    return Path(pooch.os_cache("alpha-maml"))
+
+
+def _enable_native(model: nn.Module, config: Config, world: World) -> bool:
+    """Whether the model runs many tasks as native code from now on."""
+    if config.compile is False or world.device.type != "cpu":
+        return False
+    try:
+        return ops.enable_native(model, cache(), os.environ.get("CXX", "c++"))
+    except InputError as error:
+        if config.compile:
+            raise InputError(f"compile: true, but {error}; or set compile: false") from None
+        if world.rank == 0:
+            say(f"{error}; until then this takes about twice as long")
+        return False
