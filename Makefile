@@ -10,6 +10,7 @@ train: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/pyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/faults --ignore tests/launch/test_slurm.py \
 	    --ignore tests/tracking/test_comparison.py
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 from alpha_maml.errors import Failure, InputError, first_line, say
 from alpha_maml.launch import slurm, use
 from alpha_maml.trainer import config as configuration
-from alpha_maml.trainer.config import keys
+from alpha_maml.trainer.config import table
 from alpha_maml.trainer.config.keys import values_of
 
 VERBS = {
@@ -63,7 +63,7 @@ def parser() -> Parser:
         if verb in ("sync", "adapt", "export"):
             sub.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run's folder")
             continue
-        for name, key in keys().items():
+        for name, key in table().items():
             text = f"{values_of(key)}; default {'null' if key.default is None else key.default}"
             meaning = f"{key.owner}: {key.meaning}" if key.owner else key.meaning
             sub.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE",
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         words = sys.argv[1:] if arguments is None else arguments
         known, unknown = parser().parse_known_args(words)
-        overrides = {name: value for name, value in vars(known).items() if name in keys()}
+        overrides = {name: value for name, value in vars(known).items() if name in table()}
         if unknown:  # names the nearest key
             name, _, value = unknown[0].removeprefix("--").partition("=")
             option = unknown[0].partition("=")[0]

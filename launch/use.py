@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from alpha_maml.errors import InputError, say
 from alpha_maml.trainer import config as configuration
-from alpha_maml.trainer.config.keys import EVALUATION, Config, keys
+from alpha_maml.trainer.config.keys import EVALUATION, Config, table
 
 Result = TypeVar("Result")
 FULL = {"task.min_ways": "null", "task.min_shots": "null"}  # what an evaluation's tasks are, whatever the training's were
@@ -102,7 +102,7 @@ def _name(split: str, trained: Config, config: Config) -> str:
     for key, value in configuration.trajectory(config).items():
         if value == before[key] or key in FULL:
             continue
-        if EVALUATION not in keys()[key].facts:
+        if EVALUATION not in table()[key].facts:
             raise InputError(f"{key}: {value} is not what the run was trained with, {before[key]}, and cannot differ in an "
                              "evaluation; leave it out")
         words.append(f"{key.rpartition('.')[2]}{value}")

@@ -10,7 +10,7 @@ from processes import ROOT
 
 from alpha_maml.errors import InputError
 from alpha_maml.trainer.config import build, of_run, run_dir, to_yaml, trajectory
-from alpha_maml.trainer.config.keys import Config, keys
+from alpha_maml.trainer.config.keys import Config, table
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
@@ -33,7 +33,7 @@ def test_a_resolved_file_reads_back_the_same(tmp_path: Path):
 
 
 def test_every_key_has_a_meaning():
-    assert all(key.meaning for key in keys().values())
+    assert all(key.meaning for key in table().values())
 
 
 WRONG = {  # YAML: what its line must name
@@ -130,7 +130,7 @@ def test_the_folder_follows_what_decides_theta_and_nothing_else():
     assert run_dir(base) == run_dir(build(None, {"iterations": "9", "checkpoint.every": "1", "engine.timeout": "9"}))
     assert run_dir(base) != run_dir(build(None, {"seed": "1"}))
     assert run_dir(build(None, {"run_dir": "x"})) == Path("x")
-    assert set(trajectory(base)) < set(keys())
+    assert set(trajectory(base)) < set(table())
 
 
 def test_yaml_of_a_configuration_is_plain():

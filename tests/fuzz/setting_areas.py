@@ -17,9 +17,9 @@ from hypothesis.strategies import DataObject
 from alpha_maml.errors import InputError
 from alpha_maml.launch import cli
 from alpha_maml.trainer import config as configuration
-from alpha_maml.trainer.config.keys import UNION, keys
+from alpha_maml.trainer.config.keys import UNION, table
 
-NAMES = sorted(keys())
+NAMES = sorted(table())
 NASTY = ("", " ", "null", "~", "nan", "inf", "-inf", "1e999", "-1", "0", "1e-400", "0x10", "1_0", "1:30", "é", "\u202e", "🙈",
          "a\nb", "\x1b[31m", "\x00", "..", "../x", "a" * 300, "9" * 400, "true", "[]", "{}", "{a: 1}", "{a: {b: [1, .nan]}}",
          "[", "*a", "!!python/object/apply:os.system [touch owned]", "os:system", "..a:b", ":", "a:", ":b",
@@ -38,7 +38,7 @@ FITTING = {int: (0, 1, 2, 3, 5, 10, 10**9, 10**40), float: (0, 1e-320, 1e-30, 1e
 @functools.cache
 def fitting(name: str) -> st.SearchStrategy:
     """Values of a key's own type: small, usual and extreme."""
-    key = keys()[name]
+    key = table()[name]
     kind = typing.Literal[tuple(key.registry.places)] if key.registry and len(key.registry.places) > 1 else key.kind
     kinds = typing.get_args(kind) if typing.get_origin(kind) in UNION else (kind,)
     return st.sampled_from([value for k in kinds for value in FITTING.get(k) or typing.get_args(k)])  # a Literal's own

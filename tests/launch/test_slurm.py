@@ -14,8 +14,9 @@ from slurm_cluster import Cluster, absent, until
 
 from alpha_maml.launch import cli, slurm
 from alpha_maml.trainer import config as configuration
-from alpha_maml.trainer.config import keys
+from alpha_maml.trainer.config import table
 from alpha_maml.trainer.runs import checkpoint
+from alpha_maml.trainer.runs.folder import read_json
 from alpha_maml.trainer.runs.metrics import read_metrics
 
 ITERATIONS = 100
@@ -65,7 +66,7 @@ def recorded(folder: Path, lines: int) -> None:
 def test_a_job_trains_on_both_nodes(uninterrupted: tuple[dict, Path]):
     facts, folder = uninterrupted
     assert facts["NodeList"] == "node[1-2]" and facts["Restarts"] == "0"
-    summary = folder.read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     assert summary["world_size"] == 2 and summary["iterations"] == ITERATIONS and summary["status"] == "FINISHED"
 
 
@@ -101,7 +102,7 @@ def test_scancel_leaves_no_process(cluster: Cluster, tmp_path: Path):
     cluster.call("scancel", job)
     until(lambda: not alive(), 30, "the end of every process")
     until(lambda: cluster.show(job)[0]["JobState"] == "CANCELLED", 30, "the job's end, without a return to the queue")
-    assert folder.read_json(folder / "status.json")["status"] == "KILLED", "it was not let save"
+    assert read_json(folder / "status.json")["status"] == "KILLED", "it was not let save"
 
 
 def test_a_time_limit_in_the_middle_changes_nothing(cluster: Cluster, limited: tuple[str, Path], uninterrupted: tuple):
@@ -208,7 +209,7 @@ def test_the_script_holds_the_whole_configuration():
         "model.args": "{width: 6, name: 'a b: ''c'''}", "rates.alpha": "0.1", "task.batch": "7", "outer.trust": "0",
         "tracking.experiment": "it's $HOME", "data.root": "/a b"})
     known, _ = cli.parser().parse_known_args(["train", *slurm._arguments(config)])
-    overrides = {name: value for name, value in vars(known).items() if name in keys.keys()}
+    overrides = {name: value for name, value in vars(known).items() if name in table()}
     assert configuration.build(None, overrides) == config
 
 

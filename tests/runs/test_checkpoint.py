@@ -7,8 +7,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import newest_state
+from processes import ROOT, succeed
 
 from alpha_maml.errors import InputError
 from alpha_maml.trainer.runs import checkpoint
@@ -143,3 +146,15 @@ def test_torch_distributed_checkpoint_reads_it(tmp_path: Path):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(path=str(tmp_path / "00000001")), no_dist=True)
     assert same(found, state)
+
+
+@pytest.mark.parametrize("rule", ("adaptive", "paper", "fixed"))
+def test_a_run_of_before_goes_on(rule: str, tmp_path: Path):
+    """Runs of four iterations made at version 0.1.0, commit 62183b3, and what three more gave there."""
+    before = ROOT / "tests/runs/before" / rule
+    shutil.copytree(before, tmp_path / "run")
+    succeed("train", "--config", tmp_path / "run/config.yaml", "--run_dir", tmp_path / "run", "--iterations", 7)
+    expected, found = safetensors.torch.load_file(before / "expected.safetensors"), newest_state(tmp_path / "run")
+    assert set(found) <= set(expected)
+    for name, t in found.items():
+        assert torch.allclose(t, expected[name], rtol=1e-10, atol=1e-14), name

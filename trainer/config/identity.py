@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from alpha_maml.errors import InputError
-from alpha_maml.trainer.config.keys import CIRCUMSTANCE, LATER, Config, keys, names
+from alpha_maml.trainer.config.keys import CIRCUMSTANCE, LATER, Config, names, table
 from alpha_maml.trainer.config.read import build, flat
 
 
@@ -46,7 +46,8 @@ def run_dir(config: Config) -> Path:
     if config.run_dir:
         return Path(config.run_dir)
     later = names(LATER)
-    decisive = {name: value for name, value in trajectory(config).items() if name not in later or value != keys()[name].default}
+    decisive = {name: value for name, value in trajectory(config).items()
+                if name not in later or value != table()[name].default}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
     task, rates = config.task, config.rates
     name = config.data.name.replace(":", ".")

@@ -213,13 +213,13 @@ class Key(NamedTuple):
 
 
 @functools.cache  # resolving the types takes milliseconds, and every key that is read asks
-def keys(of: type = Config, prefix: str = "", shared: frozenset[str] = frozenset()) -> dict[str, Key]:
+def table(of: type = Config, prefix: str = "", shared: frozenset[str] = frozenset()) -> dict[str, Key]:
     """Dotted key -> what is known of it, in order of definition."""
     hints, found = typing.get_type_hints(of), {}
     for item in fields(of):
         facts = shared | item.metadata["facts"]
         if is_dataclass(hints[item.name]):
-            found |= keys(hints[item.name], f"{prefix}{item.name}.", facts)
+            found |= table(hints[item.name], f"{prefix}{item.name}.", facts)
             continue
         default = item.default if item.default is not MISSING else item.default_factory()  # pyright: ignore
         about = item.metadata
@@ -230,7 +230,7 @@ def keys(of: type = Config, prefix: str = "", shared: frozenset[str] = frozenset
 
 def names(fact: str) -> list[str]:
     """The keys of which the fact is true."""
-    return [name for name, key in keys().items() if fact in key.facts]
+    return [name for name, key in table().items() if fact in key.facts]
 
 
 def storage(precision: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from alpha_maml.errors import InputError, one_line, reading
 from alpha_maml.trainer.config.document import parsed
-from alpha_maml.trainer.config.keys import UNION, Config, keys, spelled
+from alpha_maml.trainer.config.keys import UNION, Config, spelled, table
 from alpha_maml.trainer.config.together import check_together
 
 
@@ -57,12 +57,12 @@ def _digits(value: int | str) -> bool:
 
 def checked(name: str, value: Any, where: str) -> Any:
     """`value` converted to the key's type and held against its rule; raises InputError."""
-    table = keys()
-    if name not in table:
-        close = difflib.get_close_matches(name, table, 1, 0.5)
+    known = table()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1, 0.5)
         raise InputError(f"{name}: no such key ({where}); " + (f"did you mean {close[0]}?" if close else
                          "`alpha-maml train --help` lists all"))
-    key, shown = table[name], _shown(value)
+    key, shown = known[name], _shown(value)
     try:
         value = _converted(value, key.kind)
     except (ValueError, OverflowError):
@@ -99,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def flat(content: dict, where: str, prefix: str = "") -> dict[str, Any]:
     """A nested mapping as dotted keys; raises InputError where a section is not one."""
-    sections, found = {name.split(".")[0] for name in keys() if "." in name}, {}
+    sections, found = {name.split(".")[0] for name in table() if "." in name}, {}
     for name, value in content.items():
         if not prefix and name in sections:
             if not isinstance(value, dict | None):
@@ -112,7 +112,7 @@ def flat(content: dict, where: str, prefix: str = "") -> dict[str, Any]:
 
 def from_text(name: str, text: str) -> Any:
     """What a command-line value means for a key: YAML, but text stays text."""
-    kind = keys()[name].kind if name in keys() else str
+    kind = table()[name].kind if name in table() else str
     if text == "null":
         return None
     if {dict, bool} & {kind, *typing.get_args(kind)}:

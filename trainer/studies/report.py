@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from alpha_maml.errors import InputError
 from alpha_maml.trainer import config as configuration
-from alpha_maml.trainer.config.keys import UNNAMED, Config, keys
+from alpha_maml.trainer.config.keys import UNNAMED, Config, table
 from alpha_maml.trainer.runs import figures
 from alpha_maml.trainer.runs.metrics import read_metrics
 from alpha_maml.trainer.tracking import client
@@ -34,11 +34,11 @@ def read(folder: Path, needed: tuple[str, ...]) -> Recorded:
 def labels(runs: list[Recorded]) -> list[str]:
     """What to call each run beside the others: its method, and the keys in which they differ."""
     values = [configuration.flat_values(run.config) for run in runs]
-    differing = [name for name in values[0] if UNNAMED not in keys()[name].facts and len({str(v[name]) for v in values}) > 1]
+    differing = [name for name in values[0] if UNNAMED not in table()[name].facts and len({str(v[name]) for v in values}) > 1]
     names = []
     for run, v in zip(runs, values):
         rule = run.config.rates.rule
-        words = [f"{name.split('.')[-1]} {_spelled(v[name])}" for name in differing if keys()[name].owner in (None, rule)]
+        words = [f"{name.split('.')[-1]} {_spelled(v[name])}" for name in differing if table()[name].owner in (None, rule)]
         names.append(", ".join([METHODS.get(rule, rule), *words]))
     return names
 
