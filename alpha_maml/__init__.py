@@ -1,6 +1,12 @@
 """Alpha MAML: meta-learning whose two learning rates adapt online, on any number of GPUs.
 
-This is the public door: `load` makes a trained run a learner with fit and predict.
+The public door:
+    train           learn an initialisation, from a module or a name and tasks; returns the run
+    load            a trained run as a learner with fit and predict
+    meta_gradient   the exact meta-gradient of a batch of tasks
+    wrap            a module whose .grad becomes that meta-gradient, for a loop of one's own
+    rules           the rules for alpha and beta as init and update
+    InputError      what a wrong argument raises
 
 The rooms behind it, each of which may import those above it in this list:
     errors, registry    what a user is told; parts by name
@@ -14,15 +20,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alpha_maml import rules
+    from alpha_maml.errors import InputError
+    from alpha_maml.launch.api import train
+    from alpha_maml.launch.wrap import meta_gradient, wrap
     from alpha_maml.trainer.learner import load
 
-__all__ = ["load"]
-PLACES = {"load": "alpha_maml.trainer.learner"}  # imported when they are asked for: `--help` need not wait for torch
+__all__ = ["InputError", "load", "meta_gradient", "rules", "train", "wrap"]
+PLACES = {"InputError": "alpha_maml.errors", "load": "alpha_maml.trainer.learner", "meta_gradient": "alpha_maml.launch.wrap",
+          "train": "alpha_maml.launch.api", "wrap": "alpha_maml.launch.wrap"}  # imported when asked for
 
 
 def __getattr__(name: str) -> Any:
-    if name in PLACES:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "rules":
+        return import_module("alpha_maml.rules")
+    if name in PLACES:
         return getattr(import_module(PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """Task distributions, their losses, and what a user brings to a trained run.
 
 Belongs here: where tasks come from and how they are drawn. A distribution is a class with `build` and `describe` as in
-`build.Kind`, whose objects are `tasks.TaskSource`; one file and one line below add it. Any other class is a data set of the
-user's own (`own.py`), from which tasks are drawn here.
+`build.Kind`, whose objects are `tasks.TaskSource`; one file and one line below add it. A function, or a class with a method
+`task`, makes whole tasks (`function.py`); of any other class, a data set of the user's own, tasks are drawn (`own.py`).
 May import: `alpha_maml.errors`, `alpha_maml.registry`, `models.ops`.
 Offers: DATASETS, LOSSES (here, without torch), `build.build`, `build.describe`, `tasks.TaskBatch`, `examples.read`.
 """
@@ -28,6 +28,10 @@ DATASETS.register("folder", "alpha_maml.data.folder:Folder", "classification", "
 LOSSES = Registry("task.loss", "function")
 LOSSES.register("cross_entropy", "alpha_maml.data.losses.cross_entropy:cross_entropy")
 LOSSES.register("mean_squared_error", "alpha_maml.data.losses.mean_squared_error:mean_squared_error")
+LOSSES.register("binary_cross_entropy", "alpha_maml.data.losses.binary_cross_entropy:binary_cross_entropy")
+LOSSES.register("dense_cross_entropy", "alpha_maml.data.losses.dense_cross_entropy:dense_cross_entropy")
+LOSSES.register("next_token", "alpha_maml.data.losses.dense_cross_entropy:next_token")
+LOSSES.register("pairwise_ranking", "alpha_maml.data.losses.pairwise_ranking:pairwise_ranking")
 
 
 class Settings(Protocol):
@@ -55,6 +59,7 @@ class Context(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     warn: Callable[[str], None]  # takes lines for the user
+    batch: int  # tasks in an iteration, over all ranks
 
 
 class Description(NamedTuple):
@@ -62,6 +67,6 @@ class Description(NamedTuple):
 
     input_shape: tuple[int, ...]
     outputs: int
-    loss: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # tasks.Loss
+    loss: Callable[[Any, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]  # tasks.Loss
     regression: bool
     prepare: Callable[[Image], np.ndarray] | None = None  # an image as the model takes it, where it takes images

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 from alpha_maml.data import DATASETS, Context, Description, Settings
+from alpha_maml.data.function import FunctionTasks
 from alpha_maml.data.own import Own
 from alpha_maml.data.tasks import TaskSizes, TaskSource
 
@@ -29,5 +30,7 @@ def describe(settings: Settings, ways: int) -> Description:
 
 def _kind(name: str) -> type[Kind]:
     found: Any = DATASETS.find(name)
-    whole = hasattr(found, "build") and hasattr(found, "describe")
-    return cast("type[Kind]", found if whole else Own)
+    if hasattr(found, "build") and hasattr(found, "describe"):
+        return found
+    makes_tasks = hasattr(found, "task") or not isinstance(found, type)
+    return cast("type[Kind]", FunctionTasks if makes_tasks else Own)

@@ -200,7 +200,8 @@ class Folder:
     def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> Folder:
         if settings.root is None:
             raise InputError("data.root: null, and data.name folder needs one; give the folder that holds the images")
-        return cls(settings.root, settings.size, settings.colour, settings.resident, *context[:1], sizes, *context[1:])
+        return cls(settings.root, settings.size, settings.colour, settings.resident, context.cache, sizes, context.seed,
+                   context.dtype, context.device, context.warn)
 
     @classmethod
     def describe(cls, settings: Settings, ways: int) -> Description:

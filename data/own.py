@@ -29,6 +29,7 @@ from alpha_maml.data.tasks import (
     TaskSizes,
     classification_batch,
     draw_examples,
+    labelled,
     support_and_query,
     usable_classes,
 )
@@ -84,7 +85,7 @@ class Own:
 
     @classmethod
     def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> Own:
-        return cls(settings.name, settings.args, sizes, *context[1:])
+        return cls(settings.name, settings.args, sizes, context.seed, context.dtype, context.device, context.warn)
 
     @classmethod
     def describe(cls, settings: Settings, ways: int) -> Description:
@@ -102,7 +103,7 @@ class Own:
         if not self.regression:
             return classification_batch(x, shots)
         (support_x, query_x), (support_y, query_y) = support_and_query(x, shots), support_and_query(y[0], shots)
-        return TaskBatch(support_x, support_y, query_x, query_y)
+        return labelled(support_x, support_y, query_x, query_y)
 
     def _read(self, split: str, c: int, places: np.ndarray) -> tuple[np.ndarray, ...]:
         """x, or x and y; raises InputError where they are not what was promised."""

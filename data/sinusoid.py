@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alpha_maml.data import Context, Description, Settings
 from alpha_maml.data.losses.mean_squared_error import mean_squared_error
-from alpha_maml.data.tasks import TaskBatch, TaskSizes, draw
+from alpha_maml.data.tasks import TaskBatch, TaskSizes, draw, labelled
 
 
 class Sinusoid:
@@ -40,7 +40,7 @@ class Sinusoid:
         phase = math.pi * uniforms[:, 1, None, None]
         x = 10.0 * uniforms[:, 2:, None] - 5.0
         x, y = x.to(self.dtype), (amplitude * torch.sin(x - phase)).to(self.dtype)
-        return TaskBatch(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
+        return labelled(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
 
     def identity(self) -> dict[str, str]:
         return {"name": "sinusoid", "digest": "analytic"}

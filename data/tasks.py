@@ -3,37 +3,56 @@
 A task is a function of (seed, split, iteration, index in the global batch) and of nothing else: sharding the batch over
 more ranks cannot change which tasks are seen, and a resumed run needs only its iteration number.
 
-Shapes used throughout the project:
-    T tasks in this rank's shard, N ways (classes), S shots and Q queries per class
-    support_x [T, N*S, *input]   support_y [T, N*S] class indices, or [T, N*S, *output] for regression
-    query_x   [T, N*Q, *input]   query_y   likewise
+A batch holds T tasks. Support and query are trees, which are tensors, or tuples or dicts of trees, of any type; every tensor
+has the axis T in front, and one of examples behind it. Usual is a pair (x, y); of N ways, S shots and Q queries per class:
+    x  support [T, N*S, *input], query [T, N*Q, *input]
+    y  class indices [T, N*S], or targets [T, N*S, *output] for regression; queries likewise
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from alpha_maml.data.losses.cross_entropy import cross_entropy, cross_entropy_of_present
 from alpha_maml.errors import InputError
 from alpha_maml.models import ops
 
+Tree = Any  # a tensor, or a tuple, a list or a dict of trees
 SPLITS = ("train", "val", "test")
 SIZES_STREAM = 3  # of `draw`; 0 to 2 are classes, examples, rotations
 
-# (outputs, targets) of one task -> (mean loss over its examples, accuracy or nan): data.losses has the contract.
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (outputs, support or query) of one task -> (mean loss over its examples, metrics by name), all scalars: data.losses.
+Loss = Callable[[Any, Tree], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TaskBatch(NamedTuple):
-    """T tasks; the shapes are in this module's docstring."""
+    """T tasks, or one without the axis T; the shapes are in this module's docstring."""
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    support: Tree
+    query: Tree
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TaskBatch:
+        """The same of every tensor."""
+        return TaskBatch(tree_map(function, self.support), tree_map(function, self.query))
+
+    def tensors(self) -> list[Tensor]:
+        return tree_leaves((self.support, self.query))
+
+    def __getattr__(self, name: str) -> Any:
+        """support_x, support_y, query_x and query_y of pairs."""
+        part, _, which = name.rpartition("_")
+        if part in ("support", "query") and which in ("x", "y"):
+            return getattr(self, part)["xy".index(which)]
+        raise AttributeError(name)
+
+
+def labelled(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> TaskBatch:
+    """Tasks of pairs."""
+    return TaskBatch((support_x, support_y), (query_x, query_y))
 
 
 class TaskSizes(NamedTuple):
@@ -79,13 +98,20 @@ class TaskSource(Protocol):
     loss: Loss  # of a task where task.loss names none
     on_device: bool  # whether a batch is drawn without the host; `iteration` may be a tensor then
 
-    def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch:
-        """The tasks at `indices` (int64 [T], on the source's device) of the global batch of `iteration`."""
+    def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch | list[TaskBatch]:
+        """The tasks at `indices` (int64 [T], on the source's device) of the global batch of `iteration`; where their
+        shapes differ, in several batches."""
         ...
 
     def identity(self) -> dict[str, str]:
         """Name and digest of the data, for the record of a run."""
         ...
+
+
+def first_batch(source: TaskSource, split: str, iteration: int, indices: Tensor) -> TaskBatch:
+    """The tasks at `indices`, or those of them that have the shapes of the first."""
+    found = source.batch(split, iteration, indices)
+    return found[0] if isinstance(found, list) else found
 
 
 # SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") as a counter-based generator.
@@ -163,8 +189,7 @@ def classification_batch(x: Tensor, shots: int) -> TaskBatch:
     """Tasks of x [T, N, S+Q, *input], class n labelled n."""
     labels = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     support, query = support_and_query(x, shots)
-    return TaskBatch(support, labels.repeat_interleave(shots, 1), query,
-                     labels.repeat_interleave(x.shape[2] - shots, 1))
+    return labelled(support, labels.repeat_interleave(shots, 1), query, labels.repeat_interleave(x.shape[2] - shots, 1))
 
 
 def usable_classes(names: Sequence[object], counts: list[int], split: str, sizes: TaskSizes, where: str,

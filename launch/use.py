@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,6 +52,7 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
     out = known.out or folder / f"evaluation-{name}"
     from tqdm import tqdm
 
+    from alpha_maml.data.losses.contract import answers
     from alpha_maml.launch import runtime
     from alpha_maml.trainer import evaluate as evaluation
     from alpha_maml.trainer.loop import resume
@@ -76,12 +78,13 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
                         dynamic_ncols=True)
 
         def of_ways(apply: Callable) -> Callable:
-            return lambda params, x: apply(params, x)[..., :ways] if ways < trained.task.ways else apply(params, x)
+            return apply if ways == trained.task.ways else lambda params, batch: answers(apply(params, batch))[..., :ways]
 
         loop = problem.inner(state.iteration)._replace(steps=config.inner.steps)
         result = evaluation.evaluate(of_ways(problem.apply), problem.source, problem.loss, state.engine.learned(), alpha,
                                      known.split, config.evaluation.tasks, loop, world, curve=True, progress=bar,
-                                     forward_tasks=problem.apply_tasks and of_ways(problem.apply_tasks))
+                                     forward_tasks=problem.apply_tasks and of_ways(problem.apply_tasks),
+                                     at_once=problem.evaluated)
     if world.rank == 0:
         summary = result.summary() | {
             "split": known.split, "iteration": state.iteration, "steps": config.inner.steps, "ways": config.task.ways,
@@ -89,8 +92,8 @@ def evaluate(known: argparse.Namespace, overrides: dict[str, str]) -> int:
         with _written(out):
             paths = evaluation.write(result, summary, out)
         print(json.dumps(summary), flush=True)
-        figures = {f"{name}/{key}": summary[key] for key in ("loss", "loss_ci95", "accuracy", "accuracy_ci95", "ece")
-                   if summary[key] is not None}
+        quoted = result.figures() | {"ece": summary["ece"]}
+        figures = {f"{name}/{key}": value for key, value in quoted.items() if value is not None and math.isfinite(value)}
         _in_store(config, folder, lambda: client.log_evaluation(config, folder, figures, paths, f"evaluation/{name}"))
     return 0
 

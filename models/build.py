@@ -1,4 +1,4 @@
-"""A model from its name."""
+"""A model from its name, or from an object."""
 from __future__ import annotations
 
 from typing import Any
@@ -8,19 +8,19 @@ from torch import nn
 
 from alpha_maml.errors import InputError
 from alpha_maml.models import MODELS
+from alpha_maml.models.kinds import KINDS
 from alpha_maml.registry import reason
 
 
 def build(name: str, input_shape: tuple[int, ...], outputs: int, seed: int, channels: int | None = None,
           args: dict[str, Any] | None = None) -> nn.Module:
-    """The model `name` (one of MODELS, or package.module:Class), initialised from `seed` alone.
-
-    Raises InputError where it cannot be found or built, or has parameters that cannot be adapted.
-    """
+    """The model `name` (one of MODELS, of another library as in models.kinds, or package.module:Class), initialised from `seed`
+    alone. Raises InputError where it cannot be found or built, or has parameters that cannot be adapted."""
     arguments = dict(args or {})
     if channels is not None:
         arguments["channels"] = channels
-    factory = MODELS.find(name)
+    kind, _, rest = name.partition(":")
+    factory = KINDS[kind](rest) if kind in KINDS and rest else MODELS.find(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -28,15 +28,18 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int, seed: int, chan
         except Exception as error:
             raise InputError(f"model.args: {name} cannot be built from input_shape={input_shape}, outputs={outputs}, "
                              f"{arguments} ({reason(error)}); correct model.args") from None
+    return usable(name, model)
+
+
+def usable(name: str, model: Any) -> nn.Module:
+    """The model itself. Raises InputError where it is no module, or has parameters that no gradient step can move."""
     if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         raise InputError(f"model.name: {name} has no parameters to adapt; return a torch.nn.Module with some")
     for parameter, value in model.named_parameters():
         if isinstance(value, nn.UninitializedParameter):
-            raise InputError(f"model.name: {name} has a parameter without a shape ({parameter}); use no lazy module")
-        if not value.is_floating_point():
+            raise InputError(f"model.name: {name} has a parameter without a shape ({parameter}); use no lazy module, or call "
+                             "it once before")
+        if value.requires_grad and not value.is_floating_point():
             raise InputError(f"model.name: {name} has a parameter of {value.dtype} ({parameter}), which no gradient step can "
-                             "move; make it real, or register a constant as a buffer")
-        if not value.requires_grad:
-            raise InputError(f"model.name: {name} has a parameter that requires no gradient ({parameter}), but all parameters "
-                             "are learned; register a constant as a buffer")
+                             "move; make it real, freeze it, or register a constant as a buffer")
     return model

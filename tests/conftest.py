@@ -15,9 +15,9 @@ from processes import ROOT, command, free_port
 
 from alpha_maml.data.losses.cross_entropy import cross_entropy
 from alpha_maml.data.losses.mean_squared_error import mean_squared_error
-from alpha_maml.data.tasks import TaskBatch
+from alpha_maml.data.tasks import TaskBatch, labelled
 from alpha_maml.models.build import build as build_model
-from alpha_maml.models.functional import function
+from alpha_maml.models.functional import function, function_of_tasks
 from alpha_maml.trainer.runs import checkpoint
 from alpha_maml.trainer.runs.metrics import read_metrics
 
@@ -137,16 +137,16 @@ class Small:
 
         if name == "mlp":
             shape, outputs, self.loss = (1,), 1, mean_squared_error
-            self.tasks = TaskBatch(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
+            self.tasks = labelled(*(4 * random(tasks, 5, 1) - 2 for _ in range(4)))
         else:
             shape, outputs, self.loss = (1, 16, 16), 3, cross_entropy
             labels = torch.arange(3).expand(tasks, 3)
-            self.tasks = TaskBatch(random(tasks, 3, *shape), labels, random(tasks, 3, *shape), labels)
+            self.tasks = labelled(random(tasks, 3, *shape), labels, random(tasks, 3, *shape), labels)
         channels = args.pop("channels", {"mlp": 8, "conv4": 4, "conv4_pooled": 4, "resnet12": 2}.get(name))
         self.model = build_model(name, shape, outputs, 3, channels, args).double()
         self.theta = {name: p.detach() for name, p in self.model.named_parameters()}
         self.alpha = torch.tensor(0.2, dtype=torch.float64)
-        self.apply = function(self.model, training=True)
+        self.apply, self.forward_tasks = function(self.model, training=True), function_of_tasks(self.model)
 
     def task(self, b: int) -> TaskBatch:
-        return TaskBatch(*(x[b] for x in self.tasks))
+        return self.tasks.map(lambda x: x[b])

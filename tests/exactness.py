@@ -27,10 +27,10 @@ def query_loss(problem: Small, theta: Params, alpha: torch.Tensor, steps: int, s
     for b in range(len(problem.tasks.support_x)):
         task, phi = problem.task(b), theta
         for _ in range(steps):
-            loss = problem.loss(problem.apply(phi, task.support_x), task.support_y)[0]
+            loss = problem.loss(problem.apply(phi, task.support), task.support)[0]
             gradients = torch.autograd.grad(loss, list(phi.values()), create_graph=second_order)
             phi = {name: p - alpha * g for (name, p), g in zip(phi.items(), gradients)}
-        total = total + problem.loss(problem.apply(phi, task.query_x), task.query_y)[0]
+        total = total + problem.loss(problem.apply(phi, task.query), task.query)[0]
     return total
 
 

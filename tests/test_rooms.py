@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data.losses": (),
     "data": (*GROUND, "models.ops", "data.losses"),
     "trainer.core.rules": GROUND,
-    "trainer.core": (*GROUND, "models.ops", "data", "trainer.core.rules"),
+    "trainer.core": (*GROUND, "models.ops", "data", "data.losses", "trainer.core.rules"),
     "trainer.optim": (*GROUND, "trainer.core", "trainer.core.rules"),
     "trainer.engines": (*GROUND, "trainer.core", "trainer.core.rules", "trainer.optim"),
     "trainer.config": (*GROUND, "models", "data", "trainer.core.rules", "trainer.optim", "trainer.engines"),
@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "trainer": (*GROUND, "models", "models.ops", "data", "data.losses", *TRAINER),
     "trainer.tracking": (*GROUND, "trainer", "trainer.config", "trainer.runs", ""),
     "trainer.studies": (*GROUND, "trainer", *TRAINER, "trainer.tracking"),
-    "launch": (*GROUND, "models", "data", "trainer", *TRAINER, "trainer.tracking", "trainer.studies"),
-    "": ("launch", "trainer"),  # the door
+    "launch": (*GROUND, "models", "data", "data.losses", "trainer", *TRAINER, "trainer.tracking", "trainer.studies"),
+    "": (*GROUND, "launch", "trainer", "trainer.core.rules"),  # the door
 }
 REGISTRIES = {"alpha_maml.models", "alpha_maml.data", "alpha_maml.trainer.core.rules", "alpha_maml.trainer.optim",
               "alpha_maml.trainer.engines"}

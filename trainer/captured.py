@@ -17,7 +17,7 @@ from alpha_maml.data.tasks import TaskBatch
 from alpha_maml.errors import InputError, first_line, say
 from alpha_maml.trainer.core.inner import InnerLoop
 from alpha_maml.trainer.engines.collective import sum_in_place
-from alpha_maml.trainer.step import METRICS, Problem, State, restored, snapshot, step_on, train_step
+from alpha_maml.trainer.step import Problem, State, restored, snapshot, step_on, train_step
 
 WATCHED = 10  # iterations between two signs of life of the ranks
 WARM_UP = 2  # steps before a capture: what libraries allocate at first use must not be in the graph
@@ -38,7 +38,7 @@ class Captured:
         self.state = restored(copy.copy(state.engine), self.tensors, state.iteration)
         self.iteration = torch.tensor(state.iteration, device=device)
         self.stop = torch.zeros((), device=device)
-        self.values = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(problem.metrics) + 1, dtype=torch.float64, device=device)
         self.draws = problem.source.on_device and problem.source.sizes.variety() == 1
         self.forms: dict[tuple, _Captured] | None = {}
         self.pool = torch.cuda.graph_pool_handle()
@@ -50,7 +50,10 @@ class Captured:
             return train_step(problem, state, stop)
         loop = problem.inner(number)
         tasks = None if self.draws else problem.source.batch("train", number, problem.indices)
-        form = (loop.order, loop.weights is None, *(x.shape for x in tasks or ()))
+        if isinstance(tasks, list):  # of several shapes
+            return train_step(problem, state, stop)
+        given = [] if tasks is None else tasks.tensors()
+        form = (loop.order, loop.weights is None, *(x.shape for x in given))
         self.iteration.fill_(number)
         self.stop.fill_(float(stop))
         if form not in self.forms:
@@ -61,8 +64,8 @@ class Captured:
             except RuntimeError as error:
                 self._give_up(error)
                 return train_step(problem, state, stop)
-        graph, weights, given = self.forms[form]
-        for kept, new in zip((weights, *(given or ())), (loop.weights, *(tasks or ()))):
+        graph, weights, fixed = self.forms[form]
+        for kept, new in zip((weights, *(fixed.tensors() if fixed else ())), (loop.weights, *given)):
             if kept is not None and new is not None:
                 kept.copy_(new)
         graph.replay()
@@ -72,7 +75,7 @@ class Captured:
 
     def _capture(self, loop: InnerLoop, tasks: TaskBatch | None) -> _Captured:
         weights = None if loop.weights is None else loop.weights.clone()
-        loop, tasks = loop._replace(weights=weights), tasks and TaskBatch(*(x.clone() for x in tasks))
+        loop, tasks = loop._replace(weights=weights), tasks and tasks.map(torch.clone)
 
         def step() -> tuple[dict[str, Tensor], Tensor]:
             problem = self.problem

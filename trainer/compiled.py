@@ -39,7 +39,7 @@ def compiled(function: Callable, sizes: int = 1) -> Callable:
 
 def _of_any_size(tasks: TaskBatch) -> TaskBatch:
     """A copy whose second axis a graph leaves open: one that were a view would tie the graph to its strides."""
-    tasks = TaskBatch(*(x.clone(memory_format=torch.contiguous_format) for x in tasks))
-    for x in tasks:
+    tasks = tasks.map(lambda x: x.clone(memory_format=torch.contiguous_format))
+    for x in tasks.tensors():
         torch._dynamo.maybe_mark_dynamic(x, 1)
     return tasks

@@ -1,6 +1,7 @@
 """A trained run put to use: few labelled examples of a new task in, predictions out."""
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,14 @@ from torch import Tensor
 
 from alpha_maml.data import LOSSES
 from alpha_maml.data.build import describe
-from alpha_maml.data.tasks import Loss
+from alpha_maml.data.function import NOWHERE, FunctionTasks
+from alpha_maml.data.losses.contract import answers, as_loss
+from alpha_maml.data.tasks import Loss, Tree
 from alpha_maml.errors import InputError
-from alpha_maml.models.build import build
+from alpha_maml.models.build import build, usable
 from alpha_maml.models.functional import for_each_step, function
+from alpha_maml.models.functional import learned as learned_of
+from alpha_maml.models.prepare import prepare
 from alpha_maml.trainer import config as configuration
 from alpha_maml.trainer import objective
 from alpha_maml.trainer.config import Config, storage
@@ -25,6 +30,7 @@ from alpha_maml.trainer.core.algebra import Params
 from alpha_maml.trainer.core.inner import alpha_sizes, per_step_names
 from alpha_maml.trainer.core.names import ALPHA, learned
 from alpha_maml.trainer.runs import checkpoint
+from alpha_maml.trainer.setup import Parts
 
 
 class Learner:
@@ -34,7 +40,7 @@ class Learner:
     Every `fit` starts from the same theta. Wrong input raises ValueError.
     """
 
-    def __init__(self, config: Config, apply: Callable[[Params, Tensor], Tensor], loss: Loss, theta: Params, alpha: Tensor,
+    def __init__(self, config: Config, apply: Callable[[Params, Tree], Any], loss: Loss, theta: Params, alpha: Tensor,
                  input_shape: tuple[int, ...], outputs: int, regression: bool):
         self.config, self.apply, self.loss, self.theta, self.alpha = config, apply, loss, theta, alpha
         self.loop = objective.inner_loop_at(config, objective.inner_loop(config, theta), config.iterations, alpha.device)
@@ -65,7 +71,7 @@ class Learner:
             targets = torch.from_numpy(indices.reshape(-1)).to(x.device)
         self.classes_ = classes
         with torch.no_grad():
-            self.phi = adapt(self._outputs, self.loss, self.theta, self.alpha, x, targets, self.loop._replace(steps=steps))
+            self.phi = adapt(self._outputs, self.loss, self.theta, self.alpha, (x, targets), self.loop._replace(steps=steps))
         if not all(bool(torch.isfinite(p).all()) for p in self.phi.values()):
             self.phi = None
             raise ValueError("support_x leads to weights that are not finite; its values should be like those in training")
@@ -108,9 +114,9 @@ class Learner:
         metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
         Path(path).write_bytes(safetensors.torch.save(tensors, metadata))
 
-    def _outputs(self, params: Params, x: Tensor) -> Tensor:
+    def _outputs(self, params: Params, batch: Tree) -> Tensor:
         """Of the classes that the task has; the others' outputs take no part."""
-        outputs = self.apply(params, x)
+        outputs = answers(self.apply(params, batch))
         return outputs if self.classes_ is None else outputs[..., :len(self.classes_)]
 
     def _inputs(self, values: np.ndarray, name: str) -> Tensor:
@@ -130,20 +136,24 @@ class Learner:
         return x
 
 
-def load(path: str | Path, device: str = "cpu") -> Learner:
+def load(path: str | Path, device: str = "cpu", parts: Parts = Parts()) -> Learner:  # noqa: B008
     """The learner of a trained run's folder, or of the .safetensors file that `Learner.save` wrote of one: what was learned
     (of a folder, by its newest whole checkpoint; theta's average where the run keeps one), its alpha, and its K. The data set
-    is not needed. Raises InputError where there is no such run.
+    is not needed. `parts` are those of a run that was trained from Python. Raises InputError where there is no such run.
 
     A configuration may name a model or a data set by import path, which runs that code: load only what you trust."""
     path = Path(path)
     config, theta, alpha = _saved(path) if path.suffix == ".safetensors" else _trained(path)
     dtype = getattr(torch, storage(config.precision))
-    kind = describe(config.data, config.task.ways)
-    loss = kind.loss if config.task.loss is None else LOSSES.find(config.task.loss)
-    model = build(config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels, config.model.args)
-    for_each_step(model, per_step_names(dict(model.named_parameters()), config.inner.per_step), config.inner.steps)
-    needed = dict(model.named_parameters())
+    kind = describe(config.data, config.task.ways) if parts.task is None else FunctionTasks(
+        config.data.name, parts.task, NOWHERE, config.task.ways).description()
+    loss = as_loss(parts.loss) if parts.loss else kind.loss if config.task.loss is None else as_loss(
+        LOSSES.find(config.task.loss))
+    model = usable(config.model.name, copy.deepcopy(parts.model)) if parts.model is not None else build(
+        config.model.name, kind.input_shape, kind.outputs, config.seed, config.model.channels, config.model.args)
+    prepare(config.model.name, model, config.model.learns)
+    for_each_step(model, per_step_names(learned_of(model), config.inner.per_step), config.inner.steps)
+    needed = learned_of(model)
     if not alpha.is_floating_point() or any(
             name not in theta or theta[name].shape != p.shape or not theta[name].is_floating_point()
             for name, p in needed.items()):

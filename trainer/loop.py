@@ -19,7 +19,7 @@ from alpha_maml.trainer.evaluate import evaluate
 from alpha_maml.trainer.runs import checkpoint, summary
 from alpha_maml.trainer.runs.folder import lock
 from alpha_maml.trainer.runs.metrics import Recorder
-from alpha_maml.trainer.setup import set_up
+from alpha_maml.trainer.setup import Parts, set_up
 from alpha_maml.trainer.step import METRICS, Problem, State, restored, snapshot, train_step
 
 ALPHA, BETA, SKIPPED, NONFINITE = (
@@ -46,7 +46,7 @@ def resume(state: State, folder: Path, world: World) -> State:
 
 
 def train(config: Config, world: World, stop_requested: Callable[[], bool], started: Callable[[Path, bool], None],
-          watch: Callable[[int, dict], None]) -> str:
+          watch: Callable[[int, dict], None], parts: Parts = Parts()) -> str:  # noqa: B008
     """Trains up to config.iterations, going on from what the run's folder holds. Returns FINISHED, or KILLED where a stop
     was requested: then the iteration was completed and saved.
 
@@ -57,10 +57,10 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
     with lock(folder) if world.rank == 0 else nullcontext():
         if world.rank == 0:
             check_ownership(folder, config)
-        problem, state = set_up(config, world)
+        problem, state = set_up(config, world, parts=parts)
         state = resume(state, folder, world)
         finished = state.iteration >= config.iterations
-        recorder = Recorder(folder if world.rank == 0 and not finished else None, METRICS, config.task.batch)
+        recorder = Recorder(folder if world.rank == 0 and not finished else None, problem.metrics, config.task.batch)
         if world.rank == 0:
             if not finished:
                 summary.begin(folder, config, problem.source.identity(), world.size, state.iteration)
@@ -149,6 +149,7 @@ def validate(problem: Problem, state: State) -> dict[str, float]:
     config = problem.config
     alpha = state.rates.alpha.to(problem.dtype)
     result = evaluate(problem.apply, problem.source, problem.loss, state.engine.learned(), alpha, "val",
-                      config.evaluation.tasks, problem.inner(state.iteration), problem.world, forward_tasks=problem.apply_tasks)
-    found = {"loss/val": result.loss, "accuracy/val": result.accuracy, "accuracy_ci95/val": result.accuracy_ci95}
+                      config.evaluation.tasks, problem.inner(state.iteration), problem.world, forward_tasks=problem.apply_tasks,
+                      at_once=problem.evaluated)
+    found = {f"{name}/val": value for name, value in result.figures().items() if name != "loss_ci95"}
     return found | mean_rates(state.rates.alpha, problem.inner(state.iteration), state.engine.learned())

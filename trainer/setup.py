@@ -1,11 +1,12 @@
 """From a configuration to everything that the first iteration needs."""
 from __future__ import annotations
 
-import math
+import copy
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pooch
 import torch
@@ -13,25 +14,38 @@ from torch import nn
 
 from alpha_maml.data import LOSSES, Context
 from alpha_maml.data.build import build as build_source
-from alpha_maml.data.tasks import TaskSizes
+from alpha_maml.data.function import FunctionTasks, Task
+from alpha_maml.data.losses.contract import as_loss
+from alpha_maml.data.tasks import TaskSizes, first_batch
 from alpha_maml.errors import InputError, say
 from alpha_maml.models import checks, ops
 from alpha_maml.models.build import build as build_model
-from alpha_maml.models.functional import for_each_step, function, skeleton
+from alpha_maml.models.build import usable
+from alpha_maml.models.functional import for_each_step, function, function_of_tasks, learned, skeleton
 from alpha_maml.models.norm import calibrate
+from alpha_maml.models.prepare import prepare
 from alpha_maml.trainer import objective
 from alpha_maml.trainer.compiled import compiled
 from alpha_maml.trainer.config import Config, storage
 from alpha_maml.trainer.core.inner import alpha_sizes, per_step_names
-from alpha_maml.trainer.core.meta_gradient import VMAP_INPUTS, each_task, one_task
+from alpha_maml.trainer.core.meta_gradient import VMAP_INPUTS, each_task, inputs_of_task, one_task
 from alpha_maml.trainer.engines import ENGINES
 from alpha_maml.trainer.engines.collective import World
+from alpha_maml.trainer.evaluate import CHUNK
 from alpha_maml.trainer.step import Problem, State
 
 CALIBRATING = 16  # tasks whose support sets set frozen norms: at any number of ranks the same
 
 
-def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, State]:
+class Parts(NamedTuple):
+    """What a Python program brings as objects, in the place of the names in a configuration; None: by name."""
+
+    model: nn.Module | None = None
+    task: Task | None = None  # (split, number) -> (support, query)
+    loss: Callable[[Any, Any], Any] | None = None
+
+
+def set_up(config: Config, world: World, outputs: int = 0, parts: Parts = Parts()) -> tuple[Problem, State]:  # noqa: B008
     """The problem and the first state; raises InputError for what the configuration gets wrong. The model has `outputs` outputs
     where the tasks ask for fewer."""
     task, dtype = config.task, getattr(torch, storage(config.precision))
@@ -44,38 +58,58 @@ def set_up(config: Config, world: World, outputs: int = 0) -> tuple[Problem, Sta
         raise InputError(f"task.batch: {task.batch} tasks cannot be shared by {world.size} ranks; raise it, or start at "
                          f"most {task.batch} processes")
     sizes = TaskSizes(task.ways, task.shots, task.queries, task.min_ways, task.min_shots)
-    source = build_source(config.data, sizes, Context(
-        cache(), config.seed, dtype, world.device, say if world.rank == 0 else lambda line: None))
-    loss = source.loss if task.loss is None else LOSSES.find(task.loss)
+    context = Context(cache(), config.seed, dtype, world.device, say if world.rank == 0 else lambda line: None, task.batch)
+    source = build_source(config.data, sizes, context) if parts.task is None else FunctionTasks(
+        config.data.name, parts.task, context, task.ways)
+    loss = as_loss(parts.loss) if parts.loss else source.loss if task.loss is None else as_loss(LOSSES.find(task.loss))
     outputs = max(outputs, source.outputs)
-    model = build_model(config.model.name, source.input_shape, outputs, config.seed, config.model.channels,
-                        config.model.args).to(world.device, dtype)
+    model = build_model(config.model.name, source.input_shape, outputs, config.seed, config.model.channels, config.model.args) \
+        if parts.model is None else usable(config.model.name, copy.deepcopy(parts.model))
+    model = model.to(world.device, dtype)
+    lines = prepare(config.model.name, model, config.model.learns)
+    one = first_batch(source, "train", 0, torch.zeros(1, dtype=torch.int64, device=world.device))
+    first = one.map(lambda x: x[0])
+    functorch: Any = torch._C
+    functorch._functorch._set_vmap_fallback_warning_enabled(False)  # of operations that vmap does one by one
     if ":" in config.model.name:  # ours are held against this by the tests, and torch.func takes a second to import
-        checks.check(config.model.name, model, source.input_shape, outputs, config.model.randomness,
-                     config.inner.order == "second")
+        own = parts.loss or parts.model is not None or task.loss
+        plain = isinstance(first.support, tuple) and isinstance(first.support[0], torch.Tensor)
+        given = outputs if plain and not own else None
+        trial = checks.check(config.model.name, model, first.support, loss, given, config.model.randomness,
+                             config.inner.order == "second")
+    else:
+        with torch.no_grad():
+            trial = checks.Trial(tuple(loss(function(model, False)(learned(model), first.query), first.query)[1]), None, [])
+    for line in lines + trial.notes + ([trial.alone] if trial.alone else []):
+        if world.rank == 0:
+            say(line)
     some = torch.arange(CALIBRATING, device=world.device)
-    calibrate(model, lambda: source.batch("train", 0, some).support_x.flatten(0, 1))
-    for_each_step(model, per_step_names(dict(model.named_parameters()), config.inner.per_step), config.inner.steps)
+    calibrate(model, lambda: first_batch(source, "train", 0, some).support[0].flatten(0, 1))
+    for_each_step(model, per_step_names(learned(model), config.inner.per_step), config.inner.steps)
     hollow, indices = skeleton(model), world.shard(task.batch)  # theta lives in the engine
     outer = objective.outer_step(config)
-    engine = ENGINES.find(config.engine.name).build(model, outer, objective.divisor(config), world, config.engine.zero_stage)
+    theta = learned(model)
+    engine = ENGINES.find(config.engine.name).build(theta, outer, objective.divisor(config), world, config.engine.zero_stage)
     apply, train_apply = (function(hollow, training) for training in (False, True))
-    apply_tasks = forward_tasks = getattr(hollow, "forward_tasks", None)
+    apply_tasks = forward_tasks = function_of_tasks(hollow)
     chunk = task.chunk
-    inputs = task.ways * (task.shots + task.queries) * math.prod(source.input_shape)
     native = _enable_native(hollow, config, world)
     graph = bool(config.compile) and not native
-    if config.model.randomness != "error" or graph:
+    if (config.model.randomness != "error" or graph) and not trial.alone:
         forward_tasks = None  # only vmap can tell tasks' draws apart, and be one graph
-    elif forward_tasks is None and world.device.type == "cpu" and inputs > VMAP_INPUTS:
+    elif forward_tasks is None and (trial.alone or (
+            world.device.type == "cpu" and inputs_of_task(one) > VMAP_INPUTS)):
         forward_tasks, chunk = one_task(train_apply), 1
+    if trial.alone:
+        apply_tasks, graph = one_task(apply), False
     seed = random.Random(config.seed).getrandbits(60) + (int(indices[0]) if config.model.randomness == "different" else 0)
-    theta = dict(model.named_parameters())
     loop = objective.inner_loop(config, theta, seed)
+    if task.inner_loss is not None:
+        loop = loop._replace(loss=as_loss(LOSSES.find(task.inner_loss)))
     problem = Problem(
-        config, world, source, loss, apply, train_apply, indices, dtype, loop, objective.rule(config),
+        config, world, source, loss, apply, train_apply, indices, dtype, loop, objective.rule(config), trial.metrics,
         outer.optimizer.along_gradient and outer.trust > 0 and outer.clip == 0, apply_tasks, forward_tasks,
-        compiled(each_task, sizes.variety()) if graph else each_task, chunk)
+        compiled(each_task, sizes.variety()) if graph else each_task, chunk, 1 if trial.alone else CHUNK)
     return problem, State(engine, objective.first_rates(config, alpha_sizes(loop, theta), world.device), 0)
 
 

@@ -19,10 +19,11 @@ from alpha_maml.trainer.core.rules.rule import Rates, Rule, Signals
 from alpha_maml.trainer.core.sweep import MetaGradient
 from alpha_maml.trainer.engines.collective import World, broadcast
 from alpha_maml.trainer.engines.engine import Engine
+from alpha_maml.trainer.evaluate import CHUNK
 from alpha_maml.trainer.objective import divisor, inner_loop_at
 
-METRICS = ("loss/train", "loss/support", "accuracy/train", "rates/alpha", "rates/beta", "hypergradients/alpha",
-           "hypergradients/beta", "guards/skipped", "guards/nonfinite")
+METRICS = ("loss/train", "loss/support", "rates/alpha", "rates/beta", "hypergradients/alpha", "hypergradients/beta",
+           "guards/skipped", "guards/nonfinite")  # of every iteration, beside those of the loss
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,18 @@ class Problem:
     dtype: torch.dtype
     loop: InnerLoop  # without annealing
     rule: Rule
+    of_loss: tuple[str, ...] = ()  # the names of the loss's own metrics
     along_gradient: bool = False  # theta steps along the meta-gradient itself, under a trust region
     apply_tasks: Apply | None = None  # `apply` of many tasks at once, where the model can
     forward_tasks: Apply | None = None  # the same of `train_apply`
     each_task: Callable[..., MetaGradient] = each_task  # or that function compiled
     chunk: int = 0  # tasks differentiated at once; 0 is automatic
+    evaluated: int = CHUNK  # tasks evaluated at once
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of an iteration's values."""
+        return METRICS + tuple(f"{name}/train" for name in self.of_loss)
 
     def inner(self, iteration: int) -> InnerLoop:
         return inner_loop_at(self.config, self.loop, iteration, self.world.device)
@@ -58,13 +66,14 @@ class State(NamedTuple):
 
 
 def train_step(problem: Problem, state: State, stop: bool) -> tuple[State, Tensor]:
-    """One meta-iteration: the new state, and the values of METRICS with the count of ranks asked to stop."""
+    """One meta-iteration: the new state, and the values of `problem.metrics` with the count of ranks asked to stop."""
     tasks = problem.source.batch("train", state.iteration, problem.indices)
     stopping = torch.full((), float(stop), device=problem.world.device)
     return step_on(problem, state, tasks, problem.inner(state.iteration), stopping)
 
 
-def step_on(problem: Problem, state: State, tasks: TaskBatch, loop: InnerLoop, stop: Tensor) -> tuple[State, Tensor]:
+def step_on(problem: Problem, state: State, tasks: TaskBatch | list[TaskBatch], loop: InnerLoop,
+            stop: Tensor) -> tuple[State, Tensor]:
     """`train_step` on the given tasks. Every gradient is taken at theta_{t-1}, on the same tasks."""
     engine, alpha = state.engine, state.rates.alpha.to(problem.dtype)
     local = meta_gradient(problem.train_apply, problem.loss, engine.theta(), alpha, tasks, loop, problem.chunk,
@@ -88,11 +97,12 @@ def decided(problem: Problem, rates: Rates, found: Signals) -> Decision:
 
 
 def values(problem: Problem, state: State, total: Total, found: Signals, decision: Decision) -> Tensor:
-    """Those of METRICS, and how many ranks were asked to stop: float64."""
+    """Those of `problem.metrics`, and how many ranks were asked to stop: float64."""
     batch, sums = problem.config.task.batch, total.sums
     return torch.stack([x.double() for x in (
-        sums.loss / batch, sums.support_loss / batch, sums.accuracy / batch, state.rates.alpha.mean(), decision.rates.beta,
-        found.alpha_gradient.sum(), -found.product, ~decision.usable, ~decision.finite, total.stopping)])
+        sums.loss / batch, sums.support_loss / batch, state.rates.alpha.mean(), decision.rates.beta,
+        found.alpha_gradient.sum(), -found.product, ~decision.usable, ~decision.finite,
+        *(sums.metrics[name] / batch for name in problem.of_loss), total.stopping)])
 
 
 def snapshot(state: State) -> dict[str, Tensor]:

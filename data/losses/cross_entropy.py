@@ -1,20 +1,31 @@
 """Cross-entropy, the loss of classification."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alpha_maml.data.losses.contract import answers, over_tasks, targets
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+
+@over_tasks
+def cross_entropy(outputs: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy and accuracy of logits [..., n, N] against labels [..., n]."""
-    accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
-    right = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)  # gather would tie a graph to one size
-    return -torch.where(right, F.log_softmax(logits, -1), 0).sum(-1).mean(-1), accuracy
+    return _classes(answers(outputs), targets(batch))
 
 
-def cross_entropy_of_present(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+@over_tasks
+def cross_entropy_of_present(outputs: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """`cross_entropy` among a task's own classes, which are those up to its highest label; the logits [..., n, N] of the others
     take no part."""
+    logits, labels = answers(outputs), targets(batch)
     absent = torch.arange(logits.shape[-1], device=logits.device) > labels.amax(-1)[..., None, None]
-    return cross_entropy(logits.masked_fill(absent, torch.finfo(logits.dtype).min), labels)
+    return _classes(logits.masked_fill(absent, torch.finfo(logits.dtype).min), labels)
+
+
+def _classes(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
+    right = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)  # gather would tie a graph to one size
+    return -torch.where(right, F.log_softmax(logits, -1), 0).sum(-1).mean(-1), {"accuracy": accuracy}

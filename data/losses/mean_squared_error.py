@@ -1,11 +1,14 @@
 """Mean squared error, the loss of regression."""
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
+from alpha_maml.data.losses.contract import answers, over_tasks, targets
 
-def mean_squared_error(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error of outputs against targets, both [..., n, output]; accuracy does not apply (nan)."""
-    loss = (outputs - targets).square().mean((-1, -2))
-    return loss, torch.full_like(loss.detach(), float("nan"))
+
+@over_tasks
+def mean_squared_error(outputs: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of outputs against targets, both [..., n, output]."""
+    return (answers(outputs) - targets(batch)).square().mean((-1, -2)), {}

@@ -56,7 +56,7 @@ class Run:
         alpha = self.state.rates.alpha.to(problem.dtype)
         result = evaluate(problem.apply, problem.source, problem.loss, theta, alpha, split, 600,
                           problem.inner(self.state.iteration), self.world, forward_tasks=problem.apply_tasks)
-        return result.accuracy, result.accuracy_ci95
+        return result.figures()["accuracy"], result.figures()["accuracy_ci95"]
 
     def end(self) -> None:
         self.recorder.close()

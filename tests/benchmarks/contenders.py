@@ -22,11 +22,11 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 
 from alpha_maml.data.losses.cross_entropy import cross_entropy
-from alpha_maml.data.tasks import TaskBatch
+from alpha_maml.data.tasks import labelled
 from alpha_maml.launch.runtime import settle
 from alpha_maml.models import ops
 from alpha_maml.models.build import build as build_model
-from alpha_maml.models.functional import function
+from alpha_maml.models.functional import function, function_of_tasks
 from alpha_maml.models.ops import convolution
 from alpha_maml.trainer.compiled import compiled
 from alpha_maml.trainer.core.inner import InnerLoop
@@ -86,8 +86,8 @@ class Problem:
             return (smooth + 0.1 * noise).unflatten(0, (tasks, images)).to(dtype)
 
         y, query_y = torch.arange(ways).repeat_interleave(shots), torch.arange(ways)
-        tasks = blobs(ways * shots), y.repeat(tasks, 1), blobs(ways), query_y.repeat(tasks, 1)
-        self.tasks = TaskBatch(*(x.to(device) for x in tasks))
+        tasks = labelled(blobs(ways * shots), y.repeat(tasks, 1), blobs(ways), query_y.repeat(tasks, 1))
+        self.tasks = tasks.map(lambda x: x.to(device))
 
     def theirs(self, gradient: dict[str, torch.Tensor]) -> Gradient:
         """A gradient of our model under the names and in the layout of Reference."""
@@ -97,7 +97,7 @@ class Problem:
         return {name: p.grad for name, p in self.net.named_parameters()}
 
     def each(self) -> zip:
-        return zip(*self.tasks)
+        return zip(*self.tasks.tensors())
 
 
 def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
@@ -105,12 +105,12 @@ def ours(problem: Problem, native: bool = True) -> Callable[[], Gradient]:
     if native and problem.tasks.support_x.device.type == "cpu":
         ops.enable_native(problem.model, cache(), "c++")
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    tasks = TaskBatch(*(x.tensor_split(size)[rank] for x in problem.tasks))
+    tasks = problem.tasks.map(lambda x: x.tensor_split(size)[rank])
     alpha = tasks.support_x.new_tensor(ALPHA)
 
     def run() -> Gradient:
         found = meta_gradient(None, cross_entropy, problem.theta, alpha, tasks, InnerLoop(problem.steps),
-                              forward_tasks=problem.model.forward_tasks).gradient
+                              forward_tasks=function_of_tasks(problem.model)).gradient
         flat = torch.cat([g.flatten() for g in found.values()])
         sum_in_place(flat, World(rank, size))
         parts = flat.split([g.numel() for g in found.values()])
@@ -156,8 +156,8 @@ def ours_any_model(problem: Problem) -> Callable[[], Gradient]:
     """core.meta_gradient as it runs models that know nothing of tasks: small ones by torch.func inside vmap, others in turn."""
     alpha = problem.tasks.support_x.new_tensor(ALPHA)
 
-    def apply(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return functional_call(problem.model, params, (x,))
+    def apply(params: dict[str, torch.Tensor], batch: tuple) -> torch.Tensor:
+        return functional_call(problem.model, params, (batch[0],))
 
     tasks = problem.tasks
     in_turn = (tasks.support_x[0].numel() + tasks.query_x[0].numel()) > VMAP_INPUTS  # as trainer.setup decides it
@@ -281,7 +281,7 @@ def jax(problem: Problem, precision: str | None = "highest") -> Callable[[], Gra
     library.config.update("jax_default_matmul_precision", precision)
     library.config.update("jax_enable_x64", True)  # for the comparison; float32 stays float32
     theta = {name: jnp.asarray(p.detach().cpu().numpy()) for name, p in problem.net.named_parameters()}
-    tasks = [jnp.asarray(x.cpu().numpy()) for x in problem.tasks]
+    tasks = [jnp.asarray(x.cpu().numpy()) for x in problem.tasks.tensors()]
 
     def forward(params: dict, x: jnp.ndarray) -> jnp.ndarray:
         stride = (1, 1) if problem.pooled else (2, 2)

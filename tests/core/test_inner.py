@@ -23,15 +23,15 @@ def total_loss(problem: Small, theta: dict, alpha: torch.Tensor, loop: InnerLoop
     total = 0.0
     for b in range(len(problem.tasks.support_x)):
         task = problem.task(b)
-        _, *phis = adaptation(problem.apply, problem.loss, theta, alpha, task.support_x, task.support_y, loop)
-        losses = torch.stack([problem.loss(problem.apply(phi, task.query_x), task.query_y)[0] for phi in phis])
+        _, *phis = adaptation(problem.apply, problem.loss, theta, alpha, task.support, loop)
+        losses = torch.stack([problem.loss(problem.apply(phi, task.query), task.query)[0] for phi in phis])
         total = total + (losses[-1] if loop.weights is None else losses @ loop.weights)
     return total
 
 
 def measured(problem: Small, alpha: torch.Tensor, loop: InnerLoop, way: str):
     return meta_gradient(problem.apply, problem.loss, problem.theta, alpha, problem.tasks, loop,
-                         forward_tasks=problem.model.forward_tasks if way == "all at once" else None)
+                         forward_tasks=problem.forward_tasks if way == "all at once" else None)
 
 
 def assert_slope(loss: Callable[[Params], torch.Tensor], at: Params, gradient: Params, generator: torch.Generator) -> None:
@@ -73,7 +73,7 @@ def unrolled(problem: Small, names: list[str], rate_of: dict, steps: int, clip: 
     for b in range(3):
         task, phi = problem.task(b), dict(theta)
         for k in range(steps):
-            loss = problem.loss(problem.apply(phi, task.support_x), task.support_y)[0]
+            loss = problem.loss(problem.apply(phi, task.support), task.support)[0]
             gradients = torch.autograd.grad(loss, [phi[n] for n in names], create_graph=True)
             if clip:
                 norm = torch.sqrt(sum((g**2).sum() for g in gradients))
@@ -81,7 +81,7 @@ def unrolled(problem: Small, names: list[str], rate_of: dict, steps: int, clip: 
             for n, g in zip(names, gradients):
                 rate = rate_of[n][k] if isinstance(rate_of[n], list) else rate_of[n]
                 phi[n] = phi[n] - rate * g
-        total = total + problem.loss(problem.apply(phi, task.query_x), task.query_y)[0]
+        total = total + problem.loss(problem.apply(phi, task.query), task.query)[0]
     found = torch.autograd.grad(total, [*theta.values(), *leaves])
     return dict(zip(theta, found)), list(found[len(theta):])
 
@@ -115,11 +115,11 @@ def test_per_step_is_a_plain_loop_in_which_step_k_has_its_own(way: str):
         task, phi = problem.task(b), adapted
         for k in range(steps):
             given = phi | {n: own[n][k] for n in names}
-            loss = problem.loss(problem.apply(given, task.support_x), task.support_y)[0]
+            loss = problem.loss(problem.apply(given, task.support), task.support)[0]
             gradients = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
             phi = {n: p - problem.alpha * g for (n, p), g in zip(phi.items(), gradients)}
         given = phi | {n: own[n][-1] for n in names}
-        total = total + problem.loss(problem.apply(given, task.query_x), task.query_y)[0]
+        total = total + problem.loss(problem.apply(given, task.query), task.query)[0]
     found = torch.autograd.grad(total, [*adapted.values(), *(p for ps in own.values() for p in ps)])
     expected = dict(zip(adapted, found)) | {
         n: torch.stack(found[len(adapted) + steps * i :][:steps]) for i, n in enumerate(names)}
@@ -178,7 +178,7 @@ def test_reptile_is_the_displacement(way: str):
     found, expected = measured(problem, problem.alpha, loop, way), {n: torch.zeros_like(p) for n, p in problem.theta.items()}
     for b in range(3):
         task = problem.task(b)
-        *_, phi = adaptation(problem.apply, problem.loss, problem.theta, problem.alpha, task.support_x, task.support_y, loop)
+        *_, phi = adaptation(problem.apply, problem.loss, problem.theta, problem.alpha, task.support, loop)
         expected = {n: e + (problem.theta[n] - phi[n]) / problem.alpha for n, e in expected.items()}
     assert all(torch.allclose(found.gradient[n], expected[n], rtol=1e-10, atol=1e-13) for n in expected)
     assert not found.gradient["head.weight"].any() and not found.gradient["head.bias"].any()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alpha_maml.data.tasks import TaskBatch
+from alpha_maml.data.tasks import TaskBatch, labelled
 from alpha_maml.trainer import objective
 from alpha_maml.trainer.config.keys import Config, OuterSettings, RatesSettings, TaskSettings
 from alpha_maml.trainer.core.decide import Decision, Total, decide
@@ -32,23 +32,22 @@ class Quadratics:
     def __init__(self, scale: float = 1.0):
         self.scale = scale
 
-    def loss(self, outputs: torch.Tensor, curvature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        value = 0.5 * self.scale * (curvature * outputs**2).sum()
-        return value, value.detach() * float("nan")
+    def loss(self, outputs: torch.Tensor, batch: tuple) -> tuple[torch.Tensor, dict]:
+        return 0.5 * self.scale * (batch[1] * outputs**2).sum(), {}
 
     def batch(self, split: str, iteration: int, indices: torch.Tensor) -> TaskBatch:
         centres = CENTRES + 0.1 * iteration  # the tasks change from iteration to iteration
-        return TaskBatch(*(x[indices] for x in (centres, CURVATURES, centres + SHIFTS, CURVATURES)))
+        return labelled(*(x[indices] for x in (centres, CURVATURES, centres + SHIFTS, CURVATURES)))
 
 
 def trajectory(config: Config, iterations: int, scale: float = 1.0) -> list[tuple[float, ...]]:
     theta = {"p": torch.tensor([0.7, -0.4], dtype=torch.float64)}
-    def apply(params: dict, x: torch.Tensor) -> torch.Tensor:
-        return params["p"] - x
+    def apply(params: dict, batch: tuple) -> torch.Tensor:
+        return params["p"] - batch[0]
 
     source, outer, loop = Quadratics(scale), objective.outer_step(config), objective.inner_loop(config, theta)
     problem = Problem(config, World(), source, source.loss, apply, apply, torch.arange(3), torch.float64, loop,
-                      objective.rule(config), outer.optimizer.along_gradient and outer.trust > 0)
+                      objective.rule(config), (), outer.optimizer.along_gradient and outer.trust > 0)
     rates = objective.first_rates(config, alpha_sizes(loop, theta), torch.device("cpu"))
     state = State(ReplicatedEngine(theta, outer, objective.divisor(config), World()), rates, 0)
     seen = []
@@ -218,7 +217,7 @@ def total(**values: float) -> Total:
     given = {"loss": 1.0, "support_loss": 2.0, "alpha_gradient": -0.1, "alignment_norm": 1.0, "squared_norm": 4.0,
              "product": 2.0} | values
     scalar = {name: torch.tensor(value, dtype=torch.float64) for name, value in given.items()}
-    sums = MetaGradient({}, scalar["alpha_gradient"], scalar["alignment_norm"], scalar["loss"], ONE, scalar["support_loss"])
+    sums = MetaGradient({}, scalar["alpha_gradient"], scalar["alignment_norm"], scalar["loss"], scalar["support_loss"], {})
     return Total(sums, scalar["squared_norm"], scalar["product"], ONE, 0 * ONE, {})
 
 

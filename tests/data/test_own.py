@@ -73,13 +73,14 @@ def test_tasks_are_what_was_read():
     blobs = own("Blobs", TaskSizes(5, 3, 4))
     whole = blobs.batch("val", 2, torch.arange(7))
     assert whole.support_x.shape == (7, 15, 4) and whole.query_x.shape == (7, 20, 4)
-    assert same(whole, [torch.cat(x) for x in zip(*(blobs.batch("val", 2, i) for i in torch.arange(7).tensor_split(3)))])
+    parts = [blobs.batch("val", 2, i).tensors() for i in torch.arange(7).tensor_split(3)]
+    assert same(whole, [torch.cat(x) for x in zip(*parts)])
     known = {tuple(x): (c, p) for c in range(1, 30) for p, x in enumerate(Blobs().read("val", c, range(12)).tolist())}
     for support, query in zip(whole.support_x.tolist(), whole.query_x.tolist()):
         found = [known[tuple(x)] for n in range(5) for x in (*support[3 * n : 3 * n + 3], *query[4 * n : 4 * n + 4])]
         assert len(set(found)) == 35 and [c for c, _ in found] == [c for c, _ in found[::7] for _ in range(7)]
     waves = own("Waves", TaskSizes(1, 10, 15), {"count": 10**6})
-    x, y, query_x, query_y = waves.batch("train", 0, torch.arange(3))
+    x, y, query_x, query_y = waves.batch("train", 0, torch.arange(3)).tensors()
     assert x.shape == y.shape == (3, 10, 1) and query_x.shape == query_y.shape == (3, 15, 1)
     assert len(torch.cat([x, query_x], 1)[0].unique()) == 25
     for task in range(3):  # one sin(x + phase)

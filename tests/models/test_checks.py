@@ -1,15 +1,22 @@
 """Models that cannot be adapted: each is refused in one line that says what to change, before training."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from processes import ROOT, wrong
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alpha_maml.data.losses.contract import as_loss
+from alpha_maml.data.losses.cross_entropy import cross_entropy
+from alpha_maml.data.losses.mean_squared_error import mean_squared_error
 from alpha_maml.errors import InputError
 from alpha_maml.models.build import build as build_model
-from alpha_maml.models.checks import check
+from alpha_maml.models.checks import Trial, check
+from alpha_maml.models.prepare import prepare
 
 
 class Linear(nn.Module):
@@ -124,6 +131,11 @@ class FailingTasks(Linear):
         return params["no such parameter"]
 
 
+class Recomputing(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+
+
 class Dropout(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(F.dropout(x, 0.5, self.training))
@@ -134,16 +146,22 @@ class AlwaysDropout(Linear):
         return self.layer(F.dropout(x, 0.5))
 
 
+def tried(name: str, model: nn.Module, shape: tuple, outputs: int, *rest, **how) -> Trial:
+    """`check` on two random examples."""
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    y, loss = (torch.arange(2), cross_entropy) if outputs > 1 else (torch.rand(2, outputs), mean_squared_error)
+    return check(name, model, (x, y), loss, outputs, *rest, **how)
+
+
 def refused(name: str, **how) -> str:
     model = build_model(f"test_checks:{name}", (2,), 3, 0)
     with pytest.raises(InputError) as caught:
-        check(f"test_checks:{name}", model, (2,), 3, **how)
+        tried(f"test_checks:{name}", model, (2,), 3, **how)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "words"), (
-    ("Unused", "no gradient reaches (a.weight, a.bias, b.weight and 1 more); use them in forward"),
     ("Detached", "no gradient reaches (layer.weight, layer.bias); use them in forward without detach"),
     ("Running", "changes a buffer in its forward (norm.running_mean), which would leak between tasks"),
     ("Counting", "changes a buffer in its forward (calls)"),
@@ -152,8 +170,6 @@ def refused(name: str, **how) -> str:
     ("Precision", "returns [2, 3] of torch.float16"),
     ("Fails", "fails on inputs of shape [2, 2] (RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x4 and 2x3), at"),
     ("TrainingFails", "fails in training mode (KeyError: 'no such mode', at test_checks.py"),
-    ("Branch", "decides by the values of its inputs or parameters, at test_checks.py"),
-    ("InPlace", "cannot be differentiated inside vmap (RuntimeError: vmap: inplace arithmetic"),
     ("OnceDifferentiable", "has no second derivative (RuntimeError: trying to differentiate twice"),
     ("WrongTasks", "has a forward_tasks that differs from its forward; it must return what forward does"),
     ("FailingTasks", "has a forward_tasks that fails (KeyError: 'no such parameter', at test_checks.py"),
@@ -163,15 +179,54 @@ def test_is_refused(name: str, words: str):
     assert words in refused(name)
 
 
+@pytest.mark.parametrize(("name", "words"), (
+    ("Branch", "(it decides by the values of its inputs or parameters, at test_checks.py"),
+    ("InPlace", "(RuntimeError: vmap: inplace arithmetic")))
+def test_what_vmap_cannot_take_runs_task_by_task(name: str, words: str):
+    alone = tried(name, build_model(f"test_checks:{name}", (2,), 3, 0), (2,), 3).alone
+    assert alone is not None and "runs task by task, which is slower" in alone and words in alone
+
+
+def test_parameters_of_no_part_are_named():
+    (note,) = tried("own", build_model("test_checks:Unused", (2,), 3, 0), (2,), 3).notes
+    assert "no gradient reaches some parameters of own (a.weight, a.bias, b.weight and 1 more)" in note
+
+
+def test_recomputation_inside_the_model_is_refused():
+    assert "uses torch.utils.checkpoint, whose recomputation takes other parameters" in refused("Recomputing")
+
+
+def test_running_statistics_become_those_of_the_batch_and_frozen_ones_stay():
+    model = build_model("test_checks:Running", (2,), 3, 0)
+    (line,) = prepare("own", model)
+    assert "1 batch norms of own take the statistics of each batch" in line and model.norm.running_mean is None
+    model = build_model("test_checks:Running", (2,), 3, 0)
+    model.norm.requires_grad_(False)
+    assert prepare("own", model) == [] and model.norm.running_mean is not None
+    tried("own", model, (2,), 3)
+
+
+@pytest.mark.parametrize(("loss", "words"), (
+    (lambda outputs, batch: outputs, "it returns a tensor of shape [2, 3], it must return a scalar"),
+    (lambda outputs, batch: 3.0, "it returns float"),
+    (lambda outputs, batch: (outputs.sum(), {"each": outputs}), "its metrics ['each'] must be scalars"),
+    (lambda outputs, batch: outputs.nothing, "the loss fails on the outputs of own for a support set (AttributeError")))
+def test_a_loss_that_is_none_is_one_line(loss: Callable, words: str):
+    model = build_model("test_checks:Linear", (2,), 3, 0)
+    with pytest.raises(InputError) as caught:
+        check("own", model, (torch.rand(2, 2), torch.arange(2)), as_loss(loss))
+    assert words in str(caught.value)
+
+
 def test_randomness_is_asked_for():
     assert "set different (each task draws for itself) or same" in refused("Dropout")
     assert "draws random numbers in evaluation mode too" in refused("AlwaysDropout", randomness="different")
     for randomness in ("different", "same"):
-        check("own", build_model("test_checks:Dropout", (2,), 3, 0), (2,), 3, randomness)
+        tried("own", build_model("test_checks:Dropout", (2,), 3, 0), (2,), 3, randomness)
 
 
 def test_first_order_needs_no_second_derivative():
-    check("own", build_model("test_checks:OnceDifferentiable", (2,), 3, 0), (2,), 3, second_order=False)
+    tried("own", build_model("test_checks:OnceDifferentiable", (2,), 3, 0), (2,), 3, second_order=False)
 
 
 @pytest.mark.parametrize(("name", "shape"), (
@@ -180,7 +235,7 @@ def test_first_order_needs_no_second_derivative():
 def test_a_good_model_passes_and_stays_as_it_is(name: str, shape: tuple):
     model, state = build_model(name, shape, 5, 0), torch.random.get_rng_state()
     before = [p.clone() for p in model.parameters()]
-    check(name, model, shape, 5)
+    assert tried(name, model, shape, 5).alone is None
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters()))
     assert model.training and torch.equal(state, torch.random.get_rng_state())
 

@@ -26,7 +26,7 @@ class Extra(Own):
         elif extra == "fails":
             raise KeyError("no such extra")
         else:
-            self.more = nn.Parameter(torch.ones(2, dtype=getattr(torch, extra)), requires_grad=False)
+            self.more = nn.Parameter(torch.ones(2, dtype=getattr(torch, extra)), requires_grad=extra == "complex64")
 
 
 class Nothing(nn.Module):
@@ -64,8 +64,7 @@ def test_a_model_of_ones_own():
     (("test_models:Missing", (2,), 1, 0), "cannot be imported"),
     (("test_models:Own", (2,), 1, 0, 5), "model.args: .* cannot be built .*channels"),
     (("test_models:Extra", (2,), 1, 0, None, {"extra": "lazy"}), r"without a shape \(more.weight\)"),
-    (("test_models:Extra", (2,), 1, 0, None, {"extra": "int64"}), r"a parameter of torch.int64 \(more\)"),
-    (("test_models:Extra", (2,), 1, 0, None, {"extra": "float32"}), r"requires no gradient \(more\).*as a buffer"),
+    (("test_models:Extra", (2,), 1, 0, None, {"extra": "complex64"}), r"a parameter of torch.complex64 \(more\)"),
     (("test_models:Extra", (2,), 1, 0, None, {"extra": "fails"}), "KeyError: 'no such extra', at test_models.py"),
     (("conv4", (1, 28, 28), 1, 0, None, {"norm": "instance"}), "norm 'instance' must be one of batch, frozen, group, layer"),
     (("resnet12", (1, 8, 8), 1, 0), "8 x 8 are too small"),

@@ -84,8 +84,8 @@ def test_the_affine_part_outside_is_right_even_through_vmap(form: str):
         g = grad(loss)(theta, support_x, support_y)
         return loss({name: p - problem.alpha * g[name] for name, p in theta.items()}, query_x, query_y)
 
-    through = grad(lambda theta: vmap(one, (None, 0, 0, 0, 0))(theta, *problem.tasks).sum())(problem.theta)
-    problem.apply = lambda params, x: functional_call(problem.model, params, (x,))
+    through = grad(lambda theta: vmap(one, (None, 0, 0, 0, 0))(theta, *problem.tasks.tensors()).sum())(problem.theta)
+    problem.apply = lambda params, batch: functional_call(problem.model, params, (batch[0],))
     theta = {name: p.clone().requires_grad_() for name, p in problem.theta.items()}
     right = dict(zip(theta, torch.autograd.grad(query_loss(problem, theta, problem.alpha, 1), list(theta.values()))))
     error = relative(through, right)

@@ -43,7 +43,7 @@ def test_gradients_are_exact_for_what_is_drawn(randomness: str):
 
 def test_the_seed_decides_and_tasks_draw_for_themselves_or_share():
     problem = Small("own:Dropout", tasks=1)
-    one, four = problem.tasks, TaskBatch(*(x.expand(4, *x.shape[1:]) for x in problem.tasks))
+    one, four = problem.tasks, problem.tasks.map(lambda x: x.expand(4, *x.shape[1:]))
     for randomness in ("different", "same"):
         first = gradient(problem, randomness, 5).gradient
         torch.rand(3)

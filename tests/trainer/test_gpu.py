@@ -11,6 +11,7 @@ from conftest import Small, apart, newest_state, same_bits
 from processes import succeed, wrong
 from torch import Tensor, nn
 
+from alpha_maml.models.functional import function_of_tasks
 from alpha_maml.trainer import config as configuration
 from alpha_maml.trainer.captured import Captured
 from alpha_maml.trainer.core.inner import InnerLoop
@@ -48,8 +49,8 @@ def test_the_meta_gradient_is_that_of_a_cpu(name: str, steps: int, shape: str):
         model = problem.model.to(device)
         found[device] = meta_gradient(
             problem.apply, problem.loss, {n: p.to(device) for n, p in problem.theta.items()}, rates.to(device),
-            type(problem.tasks)(*(x.to(device) for x in problem.tasks)), InnerLoop(steps, alpha_shape=shape),
-            forward_tasks=getattr(model, "forward_tasks", None))
+            problem.tasks.map(lambda x, to=device: x.to(to)), InnerLoop(steps, alpha_shape=shape),
+            forward_tasks=function_of_tasks(model))
     assert apart({n: g.cpu() for n, g in found["cuda"].gradient.items()}, found["cpu"].gradient, "") < 1e-9
     for a, b in zip(found["cuda"][1:], found["cpu"][1:]):
         assert torch.allclose(a.cpu(), b, rtol=1e-9, equal_nan=True)

@@ -66,7 +66,9 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    name: str = key("mlp", "the network", NOT_EMPTY, registry=MODELS)
+    name: str = key("mlp", "the network; also torchvision:NAME, timm:NAME, hf:CLASS or hf:FOLDER", NOT_EMPTY, registry=MODELS)
+    learns: str | None = key(None, "patterns of the parameters' names that are learned, as in head.*,*.lora_*; the others are "
+                             "frozen. null is what requires a gradient", NOT_EMPTY, LATER)
     channels: int | None = key(None, "width; null takes the model's own", AT_LEAST_ONE)
     args: dict = key({}, "further keyword arguments of the model's class")
     randomness: Literal["error", "different", "same"] = key(
@@ -85,6 +87,7 @@ class TaskSettings:
     batch: int = key(25, "tasks per iteration, over all ranks", AT_LEAST_ONE)
     reduction: Literal["mean", "sum"] = key("mean", "over tasks; a sum's beta is 1/batch of a mean's, see docs/rates.md")
     loss: str | None = key(None, "of a task; null is the data set's own", NOT_EMPTY, LATER, registry=LOSSES)
+    inner_loss: str | None = key(None, "of a task's support set, where it is another", NOT_EMPTY, LATER, registry=LOSSES)
     chunk: int = key(0, "tasks differentiated at once on a rank, to bound memory; 0 is automatic", NOT_NEGATIVE, CIRCUMSTANCE)
 
 

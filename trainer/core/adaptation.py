@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from alpha_maml.data.tasks import Loss
+from alpha_maml.data.losses.contract import each_of_tasks
+from alpha_maml.data.tasks import Loss, Tree
 from alpha_maml.trainer.core.algebra import Params, descended, plus, products, scaled, shared
 from alpha_maml.trainer.core.inner import InnerLoop, params_of_step, rates_of_step
 
-Apply = Callable[[Params, Tensor], Tensor]  # (parameters, inputs [n, *input]) -> outputs [n, ...]
+Apply = Callable[[Params, Tree], Any]  # (parameters, support or query) -> outputs
 Hessian = Callable[[Params], Params]
 # (phi, k, whether H is wanted) -> g_k, L_tr, and v -> H_k v: v over the tensors that adapt, H_k v over all
 Support = Callable[[Params, int, bool], tuple[Params, Tensor, Hessian | None]]
 
 
-def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, loop: InnerLoop,
-               tasks: bool = False) -> Iterator[Params]:
-    """phi_0 = theta, phi_1, ..., phi_K of one task's support set x [n, *input], y [n, ...], as the model takes them for
-    queries; of T `tasks` at once where `apply` is a forward_tasks: then all but theta has the axis T in front."""
-    support = (support_of_tasks if tasks else support_of_task)(apply, loss, x, y, loop.adapted or tuple(theta), loop)
-    phi, axes = (shared(theta, len(x)), 1) if tasks else (theta, 0)
+def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, batch: Tree, loop: InnerLoop,
+               tasks: int = 0) -> Iterator[Params]:
+    """phi_0 = theta, phi_1, ..., phi_K of one task's support set, as the model takes them for queries; of so many `tasks` at
+    once where `apply` is a forward_tasks: then all but theta has an axis of tasks in front."""
+    support = (support_of_tasks if tasks else support_of_task)(apply, loss, batch, loop.adapted or tuple(theta), loop)
+    phi, axes = (shared(theta, tasks), 1) if tasks else (theta, 0)
     yield params_of_step(phi, loop, 0, axes)
     for k in range(loop.steps):
         direction, _ = direction_of(support(phi, k, False)[0], phi, None, loop, axes)
@@ -32,10 +33,10 @@ def adaptation(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor
         yield params_of_step(phi, loop, k, axes)
 
 
-def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, x: Tensor, y: Tensor, loop: InnerLoop) -> Params:
+def adapt(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, batch: Tree, loop: InnerLoop) -> Params:
     """theta' = phi_K of one task's support set."""
     phi = theta
-    for phi in adaptation(apply, loss, theta, alpha, x, y, loop):  # noqa: B007  one phi_k is held at a time
+    for phi in adaptation(apply, loss, theta, alpha, batch, loop):  # noqa: B007  one phi_k is held at a time
         continue
     return phi
 
@@ -67,12 +68,13 @@ def direction_of(g: Params, phi: Params, hessian: Hessian | None, loop: InnerLoo
     return direction, pullback
 
 
-def support_of_task(apply: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple[str, ...], loop: InnerLoop) -> Support:
+def support_of_task(apply: Apply, loss: Loss, batch: Tree, names: tuple[str, ...], loop: InnerLoop) -> Support:
     """One task's, by torch.func."""
+    loss = loop.loss or loss
 
     def gradient(phi: Params, k: int) -> tuple[Params, Tensor]:
         def objective(part: Params) -> tuple[Tensor, Tensor]:
-            value = loss(apply(params_of_step(phi | part, loop, k), x), y)[0]
+            value = loss(apply(params_of_step(phi | part, loop, k), batch), batch)[0]
             return value, value
 
         return grad(objective, has_aux=True)({name: phi[name] for name in names})
@@ -87,14 +89,14 @@ def support_of_task(apply: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple
     return support
 
 
-def support_of_tasks(forward_tasks: Apply, loss: Loss, x: Tensor, y: Tensor, names: tuple[str, ...],
-                     loop: InnerLoop) -> Support:
+def support_of_tasks(forward_tasks: Apply, loss: Loss, batch: Tree, names: tuple[str, ...], loop: InnerLoop) -> Support:
     """That of T tasks at once, by torch.autograd."""
+    loss = each_of_tasks(loop.loss or loss)
 
     @torch.enable_grad()
     def support(phi: Params, k: int, hessian: bool) -> tuple:
         phi = {name: p.detach().requires_grad_(hessian or name in names) for name, p in phi.items()}
-        value = loss(forward_tasks(params_of_step(phi, loop, k, 1), x), y)[0]
+        value = loss(forward_tasks(params_of_step(phi, loop, k, 1), batch), batch)[0]
         graph = torch.autograd.grad(value.sum(), [phi[name] for name in names], create_graph=hessian, materialize_grads=True)
 
         def times(v: Params) -> Params:

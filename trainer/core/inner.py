@@ -8,7 +8,7 @@ The shapes of alpha, N tensors adapted, K inner steps, P numbers adapted in all:
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ class InnerLoop(NamedTuple):
     randomness: str = "error"  # in vmap's words: what the model may draw: nothing, "different" for each task, or the "same"
     seed: int = 0  # of that: for the shard's first task, the next task's is one more, or for all
     per_step: tuple[str, ...] = ()  # names of theta's tensors that have an axis of inner steps in front
+    loss: Callable | None = None  # of the support set, data.tasks.Loss; None: the queries' own
 
 
 class Annealing(NamedTuple):

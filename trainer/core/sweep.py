@@ -29,7 +29,7 @@ from alpha_maml.trainer.core.algebra import Params, descended, plus, products, s
 from alpha_maml.trainer.core.inner import InnerLoop, rates_of_step
 from alpha_maml.trainer.core.recompute import first_held, recomputed
 
-Query = Callable[[Params, int], tuple[Params, Tensor, Tensor]]  # (phi, k of the step before) -> grad L_te, L_te, accuracy
+Query = Callable[[Params, int], tuple[Params, Tensor, dict]]  # (phi, k of the step before) -> grad L_te, L_te, metrics
 
 RECOMPUTE_ABOVE = 8  # inner steps
 HELD = 3  # phi_k that a sweep which recomputes has at a time, beside theta
@@ -42,8 +42,8 @@ class MetaGradient(NamedTuple):
     alpha_gradient: Tensor  # sum of A_b
     alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|, over what shares a rate: what normalises A into a cosine
     loss: Tensor  # query loss after adaptation
-    accuracy: Tensor  # query accuracy after adaptation (nan for regression)
     support_loss: Tensor  # support loss before adaptation
+    metrics: dict[str, Tensor]  # of the queries after adaptation, by name
 
 
 class Step(NamedTuple):
@@ -85,7 +85,7 @@ def sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tenso
         if not recompute:
             kept.append(step)
         phi = descended(phi, rates[k], step.direction)
-    adjoint, loss, accuracy = query(phi, loop.steps - 1)  # lambda_K
+    adjoint, loss, metrics = query(phi, loop.steps - 1)  # lambda_K
     if loop.weights is not None:
         adjoint = scaled(loop.weights[-1], adjoint)
     per_rate = "layer" if shape == "layer_step" else shape
@@ -111,4 +111,4 @@ def sweep(support: Support, query: Query, axes: int, theta: Params, alpha: Tenso
         alpha_gradient, steepness = torch.stack(rows[::-1], -2), steepness[..., None, :]
     if loop.order == "reptile":  # Nichol, Achiam, Schulman 2018: (theta - theta') / alpha
         adjoint = {name: moved[name] if name in moved else torch.zeros_like(p) for name, p in theta.items()}
-    return MetaGradient(adjoint, alpha_gradient, length * steepness, loss, accuracy, losses[0])
+    return MetaGradient(adjoint, alpha_gradient, length * steepness, loss, losses[0], metrics)

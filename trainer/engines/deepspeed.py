@@ -9,8 +9,8 @@ undone here. Pieces are float32.
 """
 from __future__ import annotations
 
-import copy
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -73,10 +73,10 @@ class Shards:
 
 
 class ZeroEngine:
-    """`model` under DeepSpeed at ZeRO's `stage`; float32 only. The other arguments are those of ReplicatedEngine. Raises
+    """theta under DeepSpeed at ZeRO's `stage`; float32 only. The other arguments are those of ReplicatedEngine. Raises
     InputError for an optimiser that cannot take a step on pieces."""
 
-    def __init__(self, model: nn.Module, outer: OuterStep, count: int, world: World, stage: int):
+    def __init__(self, theta: Mapping[str, Tensor], outer: OuterStep, count: int, world: World, stage: int):
         if outer.optimizer.whole:
             raise InputError(f"outer.optimizer: {type(outer.optimizer).__name__.lower()} needs theta's tensors whole, and "
                              "engine.name deepspeed cuts them into pieces; use engine.name torch, or another optimiser")
@@ -87,11 +87,11 @@ class ZeroEngine:
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed looks there too
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self.outer, self.count, self.world, self.stage, self.zero = outer, count, world, stage, deepspeed.zero
-        values = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.sizes = [p.numel() for p in values.values()]
+        values = {name: p.detach().clone() for name, p in theta.items()}
+        self.names, self.sizes = list(values), [p.numel() for p in values.values()]
         # DeepSpeed lays theta out as it likes. Parameters whose bits are their elements' numbers show where each one went,
         # and spare us its private maps. 0 is left to padding.
-        model, start = copy.deepcopy(model), 1
+        model, start = nn.ParameterList(nn.Parameter(p.clone()) for p in values.values()), 1
         for p in model.parameters():
             numbers = torch.arange(start, start + p.numel(), dtype=torch.int32, device=p.device)
             p.data.view(torch.int32).copy_(numbers.view_as(p))
@@ -118,11 +118,11 @@ class ZeroEngine:
         self.memory = outer.init({name: p.clone() for name, p in self.pieces.items()})
 
     @classmethod
-    def build(cls, model: nn.Module, outer: OuterStep, count: int, world: World, zero_stage: int) -> ZeroEngine:
-        return cls(model, outer, count, world, zero_stage)
+    def build(cls, theta: Mapping[str, Tensor], outer: OuterStep, count: int, world: World, zero_stage: int) -> ZeroEngine:
+        return cls(theta, outer, count, world, zero_stage)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.engine.module.named_parameters())
+        return list(zip(self.names, self.engine.module.parameters()))
 
     def _gathered(self, write: bool = False) -> Any:
         if self.stage < 3:

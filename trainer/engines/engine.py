@@ -1,10 +1,12 @@
 """What every engine does, and the sums that an iteration needs beside the gradient."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from alpha_maml.trainer.core.algebra import Params
 from alpha_maml.trainer.core.decide import Total
@@ -17,7 +19,7 @@ class Engine(Protocol):
     """Holds theta and what its step remembers. An iteration calls `theta`, `reduce` and `apply`, in this order."""
 
     @classmethod
-    def build(cls, model: nn.Module, outer: OuterStep, count: int, world: World, zero_stage: int) -> Engine:
+    def build(cls, theta: Mapping[str, Tensor], outer: OuterStep, count: int, world: World, zero_stage: int) -> Engine:
         """The engine of a run; its arguments are those of ReplicatedEngine, and engine.zero_stage."""
         ...
 
@@ -49,10 +51,11 @@ class Engine(Protocol):
 
 def packed(local: MetaGradient, stop: Tensor, dtype: torch.dtype) -> Tensor:
     """What an iteration sums beside the gradient, as one vector."""
-    return torch.cat([x.to(dtype).flatten() for x in (*local[1:], stop)])
+    return torch.cat([x.to(dtype).flatten() for x in (*tree_leaves(local[1:]), stop)])
 
 
 def unpacked(vector: Tensor, like: MetaGradient) -> tuple[MetaGradient, Tensor]:
     """The sums, in the shapes of `like`, and how many ranks were asked to stop."""
-    *values, stopping = vector.double().split([*(x.numel() for x in like[1:]), 1])
-    return MetaGradient({}, *(value.view(x.shape) for value, x in zip(values, like[1:]))), stopping[0]
+    leaves, spec = tree_flatten(like._replace(gradient={}))
+    *values, stopping = vector.double().split([*(x.numel() for x in leaves), 1])
+    return tree_unflatten([value.view(x.shape) for value, x in zip(values, leaves)], spec), stopping[0]

@@ -1,8 +1,10 @@
 """The engine in which every rank holds theta and takes the same step."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alpha_maml.trainer.core import names
 from alpha_maml.trainer.core.algebra import Params
@@ -31,8 +33,9 @@ class ReplicatedEngine:
         self.memory = outer.init(theta)
 
     @classmethod
-    def build(cls, model: nn.Module, outer: OuterStep, count: int, world: World, zero_stage: int) -> ReplicatedEngine:
-        return cls({name: p.detach().clone() for name, p in model.named_parameters()}, outer, count, world)
+    def build(cls, theta: Mapping[str, Tensor], outer: OuterStep, count: int, world: World,
+              zero_stage: int) -> ReplicatedEngine:
+        return cls({name: p.detach().clone() for name, p in theta.items()}, outer, count, world)
 
     def theta(self) -> Params:
         return self.params

@@ -178,7 +178,7 @@ def draw_evaluation(steps: Sequence[int], curve: dict[str, list[float]], reliabi
     from matplotlib.ticker import MaxNLocator
 
     pyplot = _pyplot()
-    names = ("accuracy", "loss") if reliability else ("loss",)
+    names = [name for name in curve if not name.endswith("_ci95")][::-1]
     count = len(names) + bool(reliability)
     figure, axes = pyplot.subplots(1, count, figsize=(4 * count, 4), layout="constrained", squeeze=False)
     for axis, name, colour in zip(axes[0], names, COLOURS):

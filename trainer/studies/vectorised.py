@@ -27,7 +27,7 @@ from alpha_maml.trainer.runs import checkpoint, summary
 from alpha_maml.trainer.runs.folder import lock
 from alpha_maml.trainer.runs.metrics import Recorder
 from alpha_maml.trainer.setup import set_up
-from alpha_maml.trainer.step import METRICS, Problem, State, restored, snapshot, train_step
+from alpha_maml.trainer.step import Problem, State, restored, snapshot, train_step
 
 WINDOW = 50  # iterations between looks at the values: nothing waits for a GPU in between
 LINE_SECONDS = 10.0  # between lines of progress
@@ -149,7 +149,7 @@ class _Run:
         locks.enter_context(lock(self.folder))
         configuration.check_ownership(self.folder, config)
         summary.begin(self.folder, config, problem.source.identity(), problem.world.size, 0)
-        self.recorder = locks.enter_context(closing(Recorder(self.folder, METRICS, config.task.batch)))
+        self.recorder = locks.enter_context(closing(Recorder(self.folder, problem.metrics, config.task.batch)))
 
     def take(self, iteration: int, rows: Tensor, state: State, evaluated: bool) -> None:
         """Records the values of the iterations up to `iteration`, whose state is given; nothing once the run has diverged."""

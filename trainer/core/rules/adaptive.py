@@ -31,7 +31,7 @@ class Adaptive(Rule):
     ...                   squared_norm=one, product=0.5 * one, norms=one)
     >>> rates = rule.update(rates, signals)
     >>> round(float(rates.alpha), 3), round(float(rates.beta), 5)
-    (0.305, 0.00157)
+    (0.304, 0.00159)
     """
 
     kappa: float = 0.5
