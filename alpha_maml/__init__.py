@@ -5,6 +5,7 @@ The public door:
     load            a trained run as a learner with fit and predict
     meta_gradient   the exact meta-gradient of a batch of tasks
     wrap            a module whose .grad becomes that meta-gradient, for a loop of one's own
+    ClassTasks      N-way tasks from a torch Dataset with labels, a DataLoader, or a Hugging Face dataset
     rules           the rules for alpha and beta as init and update
     InputError      what a wrong argument raises
 
@@ -21,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alpha_maml import rules
+    from alpha_maml.data.adapters import ClassTasks
     from alpha_maml.errors import InputError
     from alpha_maml.launch.api import train
     from alpha_maml.launch.wrap import meta_gradient, wrap
     from alpha_maml.trainer.learner import load
 
-__all__ = ["InputError", "load", "meta_gradient", "rules", "train", "wrap"]
-PLACES = {"InputError": "alpha_maml.errors", "load": "alpha_maml.trainer.learner", "meta_gradient": "alpha_maml.launch.wrap",
-          "train": "alpha_maml.launch.api", "wrap": "alpha_maml.launch.wrap"}  # imported when asked for
+__all__ = ["ClassTasks", "InputError", "load", "meta_gradient", "rules", "train", "wrap"]
+PLACES = {  # imported when asked for
+    "ClassTasks": "alpha_maml.data.adapters", "InputError": "alpha_maml.errors", "load": "alpha_maml.trainer.learner",
+    "meta_gradient": "alpha_maml.launch.wrap", "train": "alpha_maml.launch.api", "wrap": "alpha_maml.launch.wrap"}
 
 
 def __getattr__(name: str) -> Any:

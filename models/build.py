@@ -1,6 +1,7 @@
 """A model from its name, or from an object."""
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def build(name: str, input_shape: tuple[int, ...], outputs: int, seed: int, chan
             raise InputError(f"model.args: {name} cannot be built from input_shape={input_shape}, outputs={outputs}, "
                              f"{arguments} ({reason(error)}); correct model.args") from None
     return usable(name, model)
+
+
+def copied(model: nn.Module, learns: str | None) -> nn.Module:
+    """A module of the user's own to train, with the very tensors of what is frozen: nothing writes to those."""
+    frozen = {} if learns else {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, frozen)
 
 
 def usable(name: str, model: Any) -> nn.Module:

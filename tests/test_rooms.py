@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "trainer.tracking": (*GROUND, "trainer", "trainer.config", "trainer.runs", ""),
     "trainer.studies": (*GROUND, "trainer", *TRAINER, "trainer.tracking"),
     "launch": (*GROUND, "models", "data", "data.losses", "trainer", *TRAINER, "trainer.tracking", "trainer.studies"),
-    "": (*GROUND, "launch", "trainer", "trainer.core.rules"),  # the door
+    "": (*GROUND, "launch", "trainer", "trainer.core.rules", "data"),  # the door
 }
 REGISTRIES = {"alpha_maml.models", "alpha_maml.data", "alpha_maml.trainer.core.rules", "alpha_maml.trainer.optim",
               "alpha_maml.trainer.engines"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from alpha_maml.errors import say
+from alpha_maml.errors import InputError, say
 from alpha_maml.trainer.captured import Captured
 from alpha_maml.trainer.config import Config, check_ownership, run_dir, trajectory
 from alpha_maml.trainer.core.inner import mean_rates
@@ -20,6 +20,7 @@ from alpha_maml.trainer.runs import checkpoint, summary
 from alpha_maml.trainer.runs.folder import lock
 from alpha_maml.trainer.runs.metrics import Recorder
 from alpha_maml.trainer.setup import Parts, set_up
+from alpha_maml.trainer.start import keep_frozen
 from alpha_maml.trainer.step import METRICS, Problem, State, restored, snapshot, train_step
 
 ALPHA, BETA, SKIPPED, NONFINITE = (
@@ -31,7 +32,7 @@ class Diverged(Exception):
     """No iteration gives a finite loss any more; the message says where and what to try."""
 
 
-def resume(state: State, folder: Path, world: World) -> State:
+def resume(state: State, folder: Path, world: World, frozen: str | None = None) -> State:
     """The newest whole checkpoint's state, or `state` where there is none; rank 0 reads, and every rank ends with its
     bits. Raises InputError where the checkpoints do not fit."""
     tensors, iteration = {name: t.clone() for name, t in snapshot(state).items()}, 0
@@ -41,7 +42,11 @@ def resume(state: State, folder: Path, world: World) -> State:
             say(line)
         if path is not None:
             checkpoint.load(path, tensors)
-            iteration = checkpoint.facts(path)["iteration"]
+            facts = checkpoint.facts(path)
+            iteration = facts["iteration"]
+            if frozen is not None and facts.get("frozen", frozen) != frozen:
+                raise InputError(f"run_dir: {folder} was trained beside other frozen parameters than the model has now; give "
+                                 "the model that it began with, or another run_dir")
     return restored(state.engine, tensors, broadcast_state(tensors, iteration, world))
 
 
@@ -58,11 +63,13 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
         if world.rank == 0:
             check_ownership(folder, config)
         problem, state = set_up(config, world, parts=parts)
-        state = resume(state, folder, world)
+        state = resume(state, folder, world, problem.frozen)
         finished = state.iteration >= config.iterations
         recorder = Recorder(folder if world.rank == 0 and not finished else None, problem.metrics, config.task.batch)
         if world.rank == 0:
             if not finished:
+                if problem.model is not None:
+                    keep_frozen(problem.model, config, folder)
                 summary.begin(folder, config, problem.source.identity(), world.size, state.iteration)
             started(folder, finished)
         if finished:
@@ -124,7 +131,8 @@ def _iterate(problem: Problem, state: State, recorder: Recorder, saver: checkpoi
                 if world.device.type == "cuda":
                     tensors = {name: t.clone() for name, t in tensors.items()}  # a graph writes its own anew
                 if world.rank == 0:
-                    saver.save(state.iteration, tensors, {"world_size": world.size, "trajectory": trajectory(config)})
+                    saver.save(state.iteration, tensors, {
+                        "world_size": world.size, "trajectory": trajectory(config), "frozen": problem.frozen})
         if stopping and not last:
             return "KILLED"
     return "FINISHED"

@@ -1,7 +1,6 @@
 """From a configuration to everything that the first iteration needs."""
 from __future__ import annotations
 
-import copy
 import os
 import random
 from collections.abc import Callable
@@ -20,18 +19,19 @@ from alpha_maml.data.tasks import TaskSizes, first_batch
 from alpha_maml.errors import InputError, say
 from alpha_maml.models import checks, ops
 from alpha_maml.models.build import build as build_model
-from alpha_maml.models.build import usable
+from alpha_maml.models.build import copied, usable
 from alpha_maml.models.functional import for_each_step, function, function_of_tasks, learned, skeleton
 from alpha_maml.models.norm import calibrate
 from alpha_maml.models.prepare import prepare
 from alpha_maml.trainer import objective
 from alpha_maml.trainer.compiled import compiled
-from alpha_maml.trainer.config import Config, storage
+from alpha_maml.trainer.config import Config, run_dir, storage
 from alpha_maml.trainer.core.inner import alpha_sizes, per_step_names
 from alpha_maml.trainer.core.meta_gradient import VMAP_INPUTS, each_task, inputs_of_task, one_task
 from alpha_maml.trainer.engines import ENGINES
 from alpha_maml.trainer.engines.collective import World
 from alpha_maml.trainer.evaluate import CHUNK
+from alpha_maml.trainer.start import frozen_digest, start
 from alpha_maml.trainer.step import Problem, State
 
 CALIBRATING = 16  # tasks whose support sets set frozen norms: at any number of ranks the same
@@ -64,9 +64,11 @@ def set_up(config: Config, world: World, outputs: int = 0, parts: Parts = Parts(
     loss = as_loss(parts.loss) if parts.loss else source.loss if task.loss is None else as_loss(LOSSES.find(task.loss))
     outputs = max(outputs, source.outputs)
     model = build_model(config.model.name, source.input_shape, outputs, config.seed, config.model.channels, config.model.args) \
-        if parts.model is None else usable(config.model.name, copy.deepcopy(parts.model))
+        if parts.model is None else usable(config.model.name, copied(parts.model, config.model.learns))
     model = model.to(world.device, dtype)
     lines = prepare(config.model.name, model, config.model.learns)
+    found, notes = start(config, model, run_dir(config))
+    lines += notes
     one = first_batch(source, "train", 0, torch.zeros(1, dtype=torch.int64, device=world.device))
     first = one.map(lambda x: x[0])
     functorch: Any = torch._C
@@ -109,8 +111,12 @@ def set_up(config: Config, world: World, outputs: int = 0, parts: Parts = Parts(
     problem = Problem(
         config, world, source, loss, apply, train_apply, indices, dtype, loop, objective.rule(config), trial.metrics,
         outer.optimizer.along_gradient and outer.trust > 0 and outer.clip == 0, apply_tasks, forward_tasks,
-        compiled(each_task, sizes.variety()) if graph else each_task, chunk, 1 if trial.alone else CHUNK)
-    return problem, State(engine, objective.first_rates(config, alpha_sizes(loop, theta), world.device), 0)
+        compiled(each_task, sizes.variety()) if graph else each_task, chunk, 1 if trial.alone else CHUNK, hollow,
+        frozen_digest(hollow))
+    rates = objective.first_rates(config, alpha_sizes(loop, theta), world.device)
+    if found is not None and found.shape == rates.alpha.shape:  # of the run that this one starts from
+        rates = rates._replace(alpha=found.to(rates.alpha))
+    return problem, State(engine, rates, 0)
 
 
 def cache() -> Path:

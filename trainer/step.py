@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alpha_maml.data.tasks import Loss, TaskBatch, TaskSource
 from alpha_maml.trainer.config import Config
@@ -47,6 +47,8 @@ class Problem:
     each_task: Callable[..., MetaGradient] = each_task  # or that function compiled
     chunk: int = 0  # tasks differentiated at once; 0 is automatic
     evaluated: int = CHUNK  # tasks evaluated at once
+    model: nn.Module | None = None  # which holds what is frozen
+    frozen: str | None = None  # digest of those
 
     @property
     def metrics(self) -> tuple[str, ...]:

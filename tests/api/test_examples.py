@@ -16,7 +16,7 @@ from processes import ROOT
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LINES = 60
 DOCUMENTED = ("alpha_maml.registry", "alpha_maml.rules", "alpha_maml.launch.api", "alpha_maml.launch.wrap",
-              "alpha_maml.data.function", "alpha_maml.trainer.core.rules.adaptive")
+              "alpha_maml.data.adapters", "alpha_maml.data.function", "alpha_maml.trainer.core.rules.adaptive")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -16,7 +16,7 @@ from alpha_maml.trainer.engines.collective import World
 from alpha_maml.trainer.setup import Parts, set_up
 from alpha_maml.trainer.step import train_step
 
-WIDTH, LAYERS, RANK = 1024, 12, 12
+WIDTH, LAYERS, RANK = 1024, 6, 24
 
 
 class Adapted(nn.Module):
@@ -35,9 +35,9 @@ class Adapted(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(Adapted() for _ in range(LAYERS // 2))
+        self.layers = nn.ModuleList(Adapted() for _ in range(layers))
         self.head = nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,11 +57,12 @@ def kilobytes(name: str) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
-    model = Net()
+    keys = {"model.name": "python:Net", "data.name": "python:tasks", "task.batch": 4, "rates.rule": "fixed"}
+    config = from_keys(keys, "", {})
+    train_step(*set_up(config, World(), parts=Parts(Net(0), tasks)), False)  # the program itself, all of it
+    start, model = kilobytes("VmRSS"), Net(LAYERS)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    config = from_keys({"model.name": "python:Net", "data.name": "python:tasks", "task.batch": 4, "rates.rule": "fixed"}, "", {})
-    start = kilobytes("VmRSS") - frozen * 4 // 1024  # the program without the backbone
     problem, state = set_up(config, World(), parts=Parts(model, tasks))
     del model
     ctypes.CDLL(None).malloc_trim(0)

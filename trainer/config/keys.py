@@ -67,6 +67,9 @@ class DataSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     name: str = key("mlp", "the network; also torchvision:NAME, timm:NAME, hf:CLASS or hf:FOLDER", NOT_EMPTY, registry=MODELS)
+    init: str | None = key(None, "what it starts from instead of its seed: a .safetensors file, the folder of a run (alpha "
+                           "comes along), or one of Hugging Face's; what does not match is named", NOT_EMPTY, LATER)
+    init_names: str | None = key(None, "patterns of the tensors' names that start from it; null is all", NOT_EMPTY, LATER)
     learns: str | None = key(None, "patterns of the parameters' names that are learned, as in head.*,*.lora_*; the others are "
                              "frozen. null is what requires a gradient", NOT_EMPTY, LATER)
     channels: int | None = key(None, "width; null takes the model's own", AT_LEAST_ONE)
