@@ -31,7 +31,9 @@ from alpha_maml.trainer.core.inner import alpha_sizes, per_step_names
 from alpha_maml.trainer.core.names import ALPHA, learned
 from alpha_maml.trainer.runs import checkpoint
 from alpha_maml.trainer.setup import Parts
-from alpha_maml.trainer.start import start
+from alpha_maml.trainer.start import fill, frozen_digest, frozen_tensors, start
+
+FROZEN = "frozen."  # before the names of frozen tensors in a learner's file
 
 
 class Learner:
@@ -163,6 +165,8 @@ class Learner:
         and in the metadata `inner.steps` and `config`, the keys that decided theta, as JSON. Raises OSError."""
         facts = {"inner.steps": self.config.inner.steps, "config": configuration.trajectory(self.config)}
         tensors = {name: p.contiguous() for name, p in self.theta.items()} | {ALPHA: self.alpha}
+        if frozen_digest(self.model) is not None:
+            tensors |= {f"{FROZEN}{name}": t.contiguous() for name, t in frozen_tensors(self.model).items()}
         metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()}
         Path(path).write_bytes(safetensors.torch.save(tensors, metadata))
 
@@ -214,6 +218,8 @@ def load(path: str | Path, device: str = "cpu", parts: Parts = Parts()) -> Learn
     prepare(config.model.name, model, config.model.learns)
     if path.is_dir():
         start(config, model, path)
+    else:
+        fill(model, {name.removeprefix(FROZEN): t for name, t in theta.items() if name.startswith(FROZEN)}, "*")
     for_each_step(model, per_step_names(learned_of(model), config.inner.per_step), config.inner.steps)
     needed = learned_of(model)
     if not alpha.is_floating_point() or any(

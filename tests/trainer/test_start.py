@@ -70,6 +70,8 @@ def test_frozen_parameters_come_along_and_others_are_refused(tmp_path: Path):
     (tmp_path / "a.safetensors").unlink()
     again = alpha_maml.train(net(), line, config=settings | {"iterations": 4}, run_dir=tmp_path / "run")
     assert len(again.history) == 4
+    again.learner.save(tmp_path / "learner.safetensors")
+    assert torch.equal(load_file(tmp_path / "learner.safetensors")["frozen.0.weight"], values["0.weight"])
     plain = alpha_maml.train(net(), line, config=SMALL, run_dir=tmp_path / "plain")
     other = net()
     other[0].weight.data += 1
