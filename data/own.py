@@ -7,8 +7,9 @@
         def read(self, split, c, places): ...            # those at `places` [n], an array [n, *input_shape] of numbers
 
 One that also has `outputs`, the numbers that an example asks for, is a regression: a class of it is a task of its own, and
-`read` returns x [n, *input_shape] and y [n, outputs]. Which classes and examples make up a task is drawn here, so that sharding
-and resuming are right whatever the class does; `read` must return the same for the same arguments.
+`read` returns x [n, *input_shape] and y [n, outputs]. `read` of a classification may return labels of its own beside x, whole
+numbers [n] under task.ways; without them a task's classes are numbered. Which classes and examples make up a task is drawn
+here, so that sharding and resuming are right whatever the class does; `read` must return the same for the same arguments.
 """
 from __future__ import annotations
 
@@ -99,8 +100,9 @@ class Own:
         kept, counts = self.classes[split]
         classes, places = draw_examples(self.seed, split, iteration, indices.cpu(), counts, ways, shots + self.sizes.queries)
         read = [self._read(split, int(c), p.numpy()) for c, p in zip(kept[classes].flatten(), places.flatten(0, 1))]
-        x, *y = (torch.from_numpy(np.stack(part)).unflatten(0, (-1, ways)).to(self.device, self.dtype) for part in zip(*read))
-        if not self.regression:
+        x, *y = (torch.from_numpy(np.stack(part)).unflatten(0, (-1, ways)).to(self.device) for part in zip(*read))
+        x, y = x.to(self.dtype), [part.to(self.dtype) if self.regression else part.long() for part in y]
+        if not y:
             return classification_batch(x, shots)
         (support_x, query_x), (support_y, query_y) = support_and_query(x, shots), support_and_query(y[0], shots)
         return labelled(support_x, support_y, query_x, query_y)
@@ -108,8 +110,9 @@ class Own:
     def _read(self, split: str, c: int, places: np.ndarray) -> tuple[np.ndarray, ...]:
         """x, or x and y; raises InputError where they are not what was promised."""
         found = self.own.read(split, c, places)
-        found = tuple(np.asarray(part) for part in (found if self.regression and isinstance(found, tuple) else (found,)))
-        wanted = [(len(places), *self.input_shape), (len(places), self.outputs)][:1 + self.regression]
+        found = tuple(np.asarray(part) for part in (found if isinstance(found, tuple) else (found,)))
+        answers = (len(places), self.outputs) if self.regression else (len(places),)
+        wanted = [(len(places), *self.input_shape), answers][:1 + (self.regression or len(found) > 1)]
         if [part.shape for part in found] != wanted or any(part.dtype.kind not in "fiub" for part in found):
             raise InputError(f"data.name: {self.name}.read({split!r}, {c}, places) returned "
                              f"{' and '.join(f'{part.dtype} {part.shape}' for part in found)}, it must return numbers of shape "

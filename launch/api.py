@@ -17,6 +17,7 @@ from alpha_maml.launch.progress import Progress
 from alpha_maml.trainer import config as configuration
 from alpha_maml.trainer import loop
 from alpha_maml.trainer.config import Config
+from alpha_maml.trainer.engines.collective import sum_in_place
 from alpha_maml.trainer.evaluate import Evaluation, evaluate
 from alpha_maml.trainer.learner import Learner, load
 from alpha_maml.trainer.runs.figures import draw_curves
@@ -49,7 +50,7 @@ class Run:
 
     def evaluate(self, tasks: int = 600, split: str = "test", steps: int | None = None) -> dict[str, Any]:
         """Means over held-out tasks with 95 % intervals, after `steps` inner steps (the run's K), and the curve over steps."""
-        with runtime.world(self.config.device, self.config.engine.timeout) as world:
+        with runtime.world(self.config.device, self.config.engine.timeout, keep=True) as world:
             problem, state = set_up(self.config, world, parts=self.parts)
             state = loop.resume(state, self.folder, world)
             inner = problem.inner(state.iteration)
@@ -98,7 +99,7 @@ def train(model: nn.Module | str, tasks: Any, *, loss: Callable[[Any, Any], Any]
     parts = Parts(_module(model), _task(tasks), loss if callable(loss) else None)
     built = _config(model, tasks, loss, config, run_dir, parts)
     asked: list[bool] = []
-    with runtime.world(built.device, built.engine.timeout) as world:
+    with runtime.world(built.device, built.engine.timeout, keep=True) as world:
         progress = Progress(built)
 
         def watch(iteration: int, metrics: dict[str, float]) -> None:
@@ -107,6 +108,7 @@ def train(model: nn.Module | str, tasks: Any, *, loss: Callable[[Any, Any], Any]
 
         try:
             status = loop.train(built, world, lambda: bool(asked), progress.started, watch, parts)
+            sum_in_place(torch.zeros(1, device=world.device), world)  # every rank finds the folder as rank 0 leaves it
         finally:
             progress.finish()
     return Run(built, parts, status)

@@ -1,6 +1,7 @@
 """From the environment that torchrun (or SLURM) sets to a World: the process group, the device, the signals."""
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -40,9 +41,10 @@ def settle() -> None:
 
 
 @contextmanager
-def world(device: str, timeout: float) -> Iterator[World]:
+def world(device: str, timeout: float, keep: bool = False) -> Iterator[World]:
     """This process's place among the ranks, inside a process group where a launcher started several (NCCL on GPUs, gloo
-    without). A rank that does not answer within `timeout` seconds ends the run.
+    without). A rank that does not answer within `timeout` seconds ends the run. A group that is there already is used; `keep`
+    leaves it there, since one process cannot join a second one of the same launcher.
 
     Raises InputError for a device that is not there.
     """
@@ -61,8 +63,9 @@ def world(device: str, timeout: float) -> Iterator[World]:
         torch.cuda.set_device(place)
     elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment("LOCAL_WORLD_SIZE", size)))
-    if "WORLD_SIZE" not in os.environ:
-        yield World(device=place)
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        grouped = dist.is_initialized()
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, place) if grouped else World(device=place)
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # An agent that is killed takes its processes along: they would train on unseen and keep the run's folder locked.
@@ -74,8 +77,11 @@ def world(device: str, timeout: float) -> Iterator[World]:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(f"MASTER_ADDR: {where} and all {size} ranks cannot be reached within {timeout:g} s "
                          f"({first_line(error)}); check the address, or start with torchrun") from None
+    if keep:
+        atexit.register(dist.destroy_process_group)
     yield World(rank, size, local_rank, place)
-    dist.destroy_process_group()  # not after an error: with a peer that hangs it would wait once more
+    if not keep:
+        dist.destroy_process_group()  # not after an error: with a peer that hangs it would wait once more
 
 
 class StopRequest:

@@ -97,14 +97,7 @@ def _check_forward(name: str, model: nn.Module, params: dict[str, Tensor], batch
     if outputs and (not isinstance(y, Tensor) or y.shape != (len(x), outputs) or y.dtype != like.dtype):
         got = f"{list(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
         raise InputError(f"model.name: {name} returns {got}; {wanted}")
-    with _refusing(lambda e: f"task.loss: the loss fails on the outputs of {name} for a support set ({reason(e)}); name "
-                   "another task.loss, or correct it"):
-        value, metrics = loss(y, batch)
-    if not isinstance(value, Tensor) or value.dim() > 0 or not value.is_floating_point():
-        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"task.loss: it returns {got}, it must return a scalar of the task's mean loss; correct it")
-    if any(t.dim() > 0 for t in metrics.values()):
-        raise InputError(f"task.loss: its metrics {sorted(metrics)} must be scalars; correct it")
+    value, metrics = measured(name, y, batch, loss)
     gradients = [None] * len(params)
     if value.requires_grad:
         with _refusing(lambda e: f"model.name: {name} cannot be differentiated ({reason(e)}); correct its forward"):
@@ -117,6 +110,19 @@ def _check_forward(name: str, model: nn.Module, params: dict[str, Tensor], batch
     if unused:
         notes.append(f"model.name: no gradient reaches some parameters of {name} ({shown}); they stay as they are")
     return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, y), tuple(metrics), notes
+
+
+def measured(name: str, y: Any, batch: Any, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a model's outputs and its metrics. Raises InputError where they are not scalars, or cannot be had."""
+    with _refusing(lambda e: f"task.loss: the loss fails on the outputs of {name} for a support set ({reason(e)}); name "
+                   "another task.loss, or correct it"):
+        value, metrics = loss(y, batch)
+    if not isinstance(value, Tensor) or value.dim() > 0 or not value.is_floating_point():
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"task.loss: it returns {got}, it must return a scalar of the task's mean loss; correct it")
+    if any(t.dim() > 0 for t in metrics.values()):
+        raise InputError(f"task.loss: its metrics {sorted(metrics)} must be scalars; correct it")
+    return value, metrics
 
 
 def _check_second_derivative(name: str, model: nn.Module, params: dict[str, Tensor], batch: Any, loss: Loss) -> None:

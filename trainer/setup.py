@@ -123,8 +123,8 @@ def _tried(config: Config, parts: Parts, model: nn.Module, loss: Loss, first: Ta
     """What a trial of the model and the loss on the first task finds out."""
     if ":" not in config.model.name:  # ours are held against it by the tests, and torch.func takes a second to import
         with torch.no_grad():
-            metrics = loss(function(model, training=False)(learned(model), first.query), first.query)[1]
-        return checks.Trial(tuple(metrics), None, [])
+            outputs_of = function(model, training=False)(learned(model), first.query)
+            return checks.Trial(tuple(checks.measured(config.model.name, outputs_of, first.query, loss)[1]), None, [])
     plain = isinstance(first.support, tuple) and isinstance(first.support[0], Tensor)
     own = parts.loss or parts.model is not None or config.task.loss
     return checks.check(config.model.name, model, first.support, loss, outputs if plain and not own else None,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -301,6 +302,20 @@ def test_every_kind_of_task(kind: str, tmp_path: Path):
             total = total + problem.loss(problem.train_apply(phi, task.query), task.query)[0]
     for a, b in zip(found.gradient.values(), torch.autograd.grad(total, list(start.values()))):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_every_kind_of_task_with_two_processes(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, alpha_maml\nfrom test_train import KINDS, SMALL\n"
+                      "for kind, (model, tasks, loss, _) in KINDS.items():\n"
+                      "    run = alpha_maml.train(model(), tasks, loss=loss, config=SMALL, run_dir=f'{sys.argv[1]}/{kind}')\n"
+                      "    assert len(run.history) == 4\n")
+    here = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT / "tests/api"))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    result = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for kind in KINDS:
+        assert json.loads((tmp_path / kind / "summary.json").read_text())["world_size"] == 2
 
 
 def test_an_inner_loss_may_be_another(tmp_path: Path):

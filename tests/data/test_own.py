@@ -171,3 +171,18 @@ def test_a_wrong_data_set_ends_the_command_with_2(tmp_path: Path):
     assert result.returncode == 2 and "it takes images, of the shape [C, H, W]" in result.stderr.splitlines()[-1]
     result = run(*common, "--data.name", "test_own:Wide", PYTHONPATH=str(ROOT / "tests"))
     assert result.returncode == 2 and "Traceback" not in result.stderr and "Wide.read" in result.stderr.splitlines()[-1]
+
+
+class Labelled(Blobs):
+    """Labels of its own: the class's parity, whatever its place in the task."""
+
+    def read(self, split: str, c: int, places: np.ndarray) -> tuple:
+        return super().read(split, c, places), np.full(len(places), c % 2)
+
+
+def test_labels_of_its_own():
+    source = own("Labelled", TaskSizes(3, 2, 1))
+    batch = source.batch("val", 0, torch.arange(4))
+    assert batch.support_y.shape == (4, 6) and batch.support_y.dtype is torch.int64
+    assert set(batch.support_y.unique().tolist()) == {0, 1}
+    assert bool((batch.support_y.unflatten(1, (3, 2))[:, :, 0] == batch.query_y).all())

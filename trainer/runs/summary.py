@@ -62,6 +62,7 @@ def summarise(lines: list[dict], threshold: float) -> dict:
         "val_loss": validated.get("loss/val"),
         "val_accuracy": validated.get("accuracy/val"),
         "val_accuracy_ci95": validated.get("accuracy_ci95/val"),
+        **{f"val_{name.removesuffix('/val')}": value for name, value in validated.items() if name.endswith("/val")},
         "iterations_to_threshold": iterations_to(lines, threshold),
         "tasks_per_s": mean_of(lines[len(lines) // 10 :], "perf/tasks_per_s"),
     }
