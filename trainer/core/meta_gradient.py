@@ -101,10 +101,18 @@ def meta_gradient(apply: Apply, loss: Loss, theta: Params, alpha: Tensor, tasks:
     for start in range(0, size, chunk):
         if loop.randomness != "error":
             torch.manual_seed(loop.seed + start if loop.randomness == "different" else loop.seed)
-        part = tree_map(lambda x: x.sum(0), each(tasks.map(lambda x: x[start : start + chunk])))  # noqa: B023  called at once
+        at_once = tasks if chunk >= size else tasks.map(lambda x: x[start : start + chunk])  # noqa: B023  called at once
+        part = _summed(each(at_once))
         total = part if total is None else tree_map(torch.add, total, part)
     assert total is not None, "a shard has at least one task"
     return total
+
+
+def _summed(found: MetaGradient) -> MetaGradient:
+    """The sums over the axis of tasks."""
+    return MetaGradient({name: g.sum(0) for name, g in found.gradient.items()}, found.alpha_gradient.sum(0),
+                        found.alignment_norm.sum(0), found.loss.sum(0), found.support_loss.sum(0),
+                        {name: x.sum(0) for name, x in found.metrics.items()})
 
 
 def inputs_of_task(tasks: TaskBatch) -> int:
