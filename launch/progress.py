@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from alpha_maml.errors import say
 from alpha_maml.trainer.config import Config
 from alpha_maml.trainer.runs.folder import read_json
-from alpha_maml.trainer.runs.summary import SUMMARY, shown
+from alpha_maml.trainer.runs.summary import SUMMARY, own_metrics, shown
 
 LINE_SECONDS = 10.0  # between plain lines
 
@@ -102,6 +102,8 @@ class Progress:
             print(f"  validation accuracy {100 * accuracy:.2f} %{spread}")
         elif summary.get("val_loss") is not None:
             print(f"  validation loss {summary['val_loss']:.4f}")
+        for name, value in own_metrics(summary).items():
+            print(f"  validation {name} {value:.4f}")
         reached = summary.get("iterations_to_threshold")
         print(f"  loss under {self.config.loss_threshold:g}: " + (f"iteration {reached}" if reached else "not reached"))
         ranks = summary.get("world_size")

@@ -66,3 +66,9 @@ def summarise(lines: list[dict], threshold: float) -> dict:
         "iterations_to_threshold": iterations_to(lines, threshold),
         "tasks_per_s": mean_of(lines[len(lines) // 10 :], "perf/tasks_per_s"),
     }
+
+
+def own_metrics(summary: dict) -> dict[str, float]:
+    """The validation metrics of a summary that a loss of the user's own gave, beside accuracy."""
+    return {name.removeprefix("val_"): value for name, value in summary.items()
+            if name.startswith("val_") and not name.endswith("_ci95") and name not in ("val_loss", "val_accuracy")}

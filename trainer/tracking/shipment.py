@@ -10,7 +10,7 @@ from alpha_maml.trainer.config import Config, flat_values
 from alpha_maml.trainer.runs import checkpoint
 from alpha_maml.trainer.runs.folder import read_json, write_json
 from alpha_maml.trainer.runs.metrics import read_lines, read_metrics
-from alpha_maml.trainer.runs.summary import STATUS, SUMMARY
+from alpha_maml.trainer.runs.summary import STATUS, SUMMARY, own_metrics
 from alpha_maml.trainer.tracking.client import connected
 from alpha_maml.trainer.tracking.state import STATE, read_state, store_uri
 
@@ -107,6 +107,7 @@ class Shipment:
             self.client.log_artifacts(run_id, str(kept[-1]), f"checkpoint/{kept[-1].name}")
         final = {"final/loss_val": summary.get("val_loss"), "final/accuracy_val": summary.get("val_accuracy"),
                  "final/iterations_to_threshold": summary.get("iterations_to_threshold")}
+        final |= {f"final/{name}_val": value for name, value in own_metrics(summary).items()}
         for name, value in final.items():
             if value is not None:
                 self.client.log_metric(run_id, name, value)
