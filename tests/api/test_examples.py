@@ -35,7 +35,7 @@ def test_the_notebook_runs(tmp_path: Path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
     assert result.returncode == 0, result.stderr[-2000:]
-    assert sum(bool(line.strip()) for line in code.splitlines()) <= 20
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 15
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import apart, newest_state
 from processes import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -304,18 +305,25 @@ def test_every_kind_of_task(kind: str, tmp_path: Path):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_every_kind_of_task_with_two_processes(tmp_path: Path):
+def test_every_kind_of_task_at_world_sizes_1_2_and_3(tmp_path: Path):
+    """One launcher trains all kinds in turn; theta agrees to 1e-12 in float64."""
     script = tmp_path / "script.py"
-    script.write_text("import sys, alpha_maml\nfrom test_train import KINDS, SMALL\n"
-                      "for kind, (model, tasks, loss, _) in KINDS.items():\n"
-                      "    run = alpha_maml.train(model(), tasks, loss=loss, config=SMALL, run_dir=f'{sys.argv[1]}/{kind}')\n"
-                      "    assert len(run.history) == 4\n")
+    script.write_text(
+        "import sys, torch, alpha_maml\nfrom test_train import KINDS, SMALL\n"
+        "config = SMALL | {'precision': 'float64', 'rates.rule': 'fixed', 'rates.alpha': 0.05, 'rates.beta': 0.05}\n"
+        "for kind, (model, tasks, loss, _) in KINDS.items():\n"
+        "    torch.manual_seed(0)\n"
+        "    run = alpha_maml.train(model(), tasks, loss=loss, config=config, run_dir=f'{sys.argv[1]}/{kind}')\n"
+        "    assert len(run.history) == 4\n")
     here = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT / "tests/api"))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
-    result = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    for kind in KINDS:
-        assert json.loads((tmp_path / kind / "summary.json").read_text())["world_size"] == 2
+    for ranks in (1, 2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script,
+                   tmp_path / str(ranks)]
+        result = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        for kind in KINDS:
+            assert json.loads((tmp_path / str(ranks) / kind / "summary.json").read_text())["world_size"] == ranks
+            assert apart(newest_state(tmp_path / str(ranks) / kind), newest_state(tmp_path / "1" / kind), "theta.") < 1e-12
 
 
 def test_an_inner_loss_may_be_another(tmp_path: Path):
