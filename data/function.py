@@ -66,7 +66,11 @@ class FunctionTasks:
     def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> FunctionTasks:
         """Of the function, or of the object with a method `task`, at an import path."""
         found = DATASETS.find(settings.name)
-        task = found(**settings.args).task if isinstance(found, type) else partial(found, **settings.args)
+        try:
+            task = found(**settings.args).task if isinstance(found, type) else partial(found, **settings.args)
+        except Exception as error:  # the user's code
+            raise InputError(f"data.args: {settings.name} cannot be built from {settings.args} ({reason(error)}); correct "
+                             "data.args") from None
         return cls(settings.name, task, context, sizes.ways)
 
     @classmethod

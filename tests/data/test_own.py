@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import newest_state
-from processes import ROOT, run, succeed
+from processes import ROOT, run, succeed, wrong
 from test_data import same
 
 from alpha_maml import load
@@ -186,3 +186,23 @@ def test_labels_of_its_own():
     assert batch.support_y.shape == (4, 6) and batch.support_y.dtype is torch.int64
     assert set(batch.support_y.unique().tolist()) == {0, 1}
     assert bool((batch.support_y.unflatten(1, (3, 2))[:, :, 0] == batch.query_y).all())
+
+
+class Lines:
+    """Whole tasks, by a method."""
+
+    def __init__(self, slope: float = 1.0):
+        self.slope = slope
+
+    def task(self, split: str, number: int) -> tuple:
+        x = np.linspace(0, 1, 6)[:, None]
+        return (x[:3], self.slope * number * x[:3]), (x[3:], self.slope * number * x[3:])
+
+
+def test_a_class_with_a_method_task_by_import_path(tmp_path: Path):
+    words = ("train", "--data.name", "test_own:Lines", "--task.batch", 2, "--iterations", 2, "--evaluation.tasks", 2,
+             "--tracking.uri", "disabled")
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    succeed(*words, "--data.args", "{slope: 2.0}", "--run_dir", tmp_path / "run", **here)
+    line = wrong(*words, "--data.args", "{slop: 1}", "--run_dir", tmp_path / "other", **here)
+    assert "data.args: test_own:Lines cannot be built from {'slop': 1} (TypeError" in line
