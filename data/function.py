@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,23 +44,13 @@ class FunctionTasks:
     def __init__(self, name: str, task: Task, context: Context, ways: int = 1):
         self.name, self.task, self.context = name, task, context
         first, again = self._one("train", 0), self._one("train", 0)
-        if tree_flatten(first)[1] != tree_flatten(again)[1] or not all(
-                a.shape == b.shape and torch.equal(a, b) for a, b in zip(first.tensors(), again.tensors())):
+        if tree_flatten(first)[1] != tree_flatten(again)[1] or not all(map(_same, first.tensors(), again.tensors())):
             raise InputError(f"data.name: {name}('train', 0) returns another task each time, so that no run could be resumed "
                              "or sharded; draw from a generator that is seeded by the split and the number")
         self.sizes, self.digest = TaskSizes(ways, 1, 1), hashlib.sha256(first.tensors()[0].cpu().numpy().tobytes()).hexdigest()
         x = first.support if isinstance(first.support, dict) else first.support[0]
         self.input_shape = tuple(tree_leaves(x)[0].shape[1:])
-        self.loss, self.outputs = self._of_targets(first)
-
-    def _of_targets(self, first: TaskBatch) -> tuple[Loss, int]:
-        """The loss where none is named, and the outputs of a model that asks: by the type of the targets."""
-        if isinstance(first.support, dict) and not any(name in first.support for name in TARGETS):
-            return cross_entropy, 1
-        y = targets(first.support)
-        if y.is_floating_point():
-            return mean_squared_error, y.shape[-1] if y.dim() > 1 else 1
-        return cross_entropy, max(self.sizes.ways, int(y.max()) + 1)
+        self.loss, self.outputs = usual_loss(first, ways)
 
     @classmethod
     def build(cls, settings: Settings, sizes: TaskSizes, context: Context) -> FunctionTasks:
@@ -84,36 +74,60 @@ class FunctionTasks:
     def batch(self, split: str, iteration: int | Tensor, indices: Tensor) -> TaskBatch | list[TaskBatch]:
         """One batch; of tasks of several shapes one for each."""
         numbers = (int(iteration) * self.context.batch + indices.cpu()).tolist()
-        groups = defaultdict(list)
-        for number in numbers:
-            task = self._one(split, number)
-            groups[(tree_flatten(task)[1], *(tuple(t.shape) for t in task.tensors()))].append(task)
-        parts = [tree_map(lambda *leaves: torch.stack(leaves).to(self.context.device), *tasks) for tasks in groups.values()]
-        return parts[0] if len(parts) == 1 else parts
+        return stacked([self._one(split, number) for number in numbers], self.context.device)
 
     def _one(self, split: str, number: int) -> TaskBatch:
-        call = f"{self.name}({split!r}, {number})"
+        call = f"data.name: {self.name}({split!r}, {number})"
         try:
             found = self.task(split, number)
         except Exception as error:  # the user's code
-            raise InputError(f"data.name: {call} fails ({reason(error)}); correct it") from None
-        if not isinstance(found, tuple | list) or len(found) != 2:
-            raise InputError(f"data.name: {call} returned {_described(found)}, it must return (support, query), each a pair "
-                             "(x, y) or a dict; correct it")
-        return TaskBatch(*(tree_map(lambda leaf: self._tensor(leaf, call), part) for part in found))
-
-    def _tensor(self, leaf: Any, call: str) -> Tensor:
-        try:
-            tensor = leaf.detach() if isinstance(leaf, Tensor) else torch.as_tensor(np.asarray(leaf))
-        except (TypeError, ValueError):
-            raise InputError(f"data.name: {call} returned {_described(leaf)} where numbers belong; return tensors, arrays or "
-                             "numbers") from None
-        if tensor.is_floating_point():
-            return tensor.to(self.context.dtype)
-        return tensor if tensor.dtype in (torch.bool, torch.uint8) else tensor.long()
+            raise InputError(f"{call} fails ({reason(error)}); correct it") from None
+        return as_task(found, self.context.dtype, call)
 
     def identity(self) -> dict[str, str]:
         return {"name": self.name, "digest": self.digest[:36]}
+
+
+def as_task(found: Any, dtype: torch.dtype, call: str) -> TaskBatch:
+    """One task of what a user's code gave, by the name `call`. Raises InputError for what is none."""
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise InputError(f"{call} is {_described(found)}, it must be (support, query), each a pair (x, y) or a dict; "
+                         "correct it")
+    return TaskBatch(*(tree_map(lambda leaf: _tensor(leaf, dtype, call), part) for part in found))
+
+
+def stacked(tasks: Sequence[TaskBatch], device: torch.device) -> TaskBatch | list[TaskBatch]:
+    """Tasks as one batch; of tasks of several shapes one for each."""
+    groups = defaultdict(list)
+    for task in tasks:
+        groups[(tree_flatten(task)[1], *(tuple(t.shape) for t in task.tensors()))].append(task)
+    parts = [tree_map(lambda *leaves: torch.stack(leaves).to(device), *group) for group in groups.values()]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def usual_loss(first: TaskBatch, ways: int) -> tuple[Loss, int]:
+    """The loss where none is named, and the outputs of a model that asks: by the type of the first task's targets."""
+    if isinstance(first.support, dict) and not any(name in first.support for name in TARGETS):
+        return cross_entropy, 1
+    y = targets(first.support)
+    if y.is_floating_point():
+        return mean_squared_error, y.shape[-1] if y.dim() > 1 else 1
+    return cross_entropy, max(ways, int(y.max()) + 1)
+
+
+def _tensor(leaf: Any, dtype: torch.dtype, call: str) -> Tensor:
+    try:
+        tensor = leaf.detach() if isinstance(leaf, Tensor) else torch.as_tensor(np.asarray(leaf))
+    except (TypeError, ValueError):
+        raise InputError(f"{call} holds {_described(leaf)} where numbers belong; give tensors, arrays or numbers") from None
+    if tensor.is_floating_point():
+        return tensor.to(dtype)
+    return tensor if tensor.dtype in (torch.bool, torch.uint8) else tensor.long()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """NaN equals NaN."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _described(value: Any) -> str:

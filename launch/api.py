@@ -96,6 +96,9 @@ def train(model: nn.Module | str, tasks: Any, *, loss: Callable[[Any, Any], Any]
     >>> len(run.history), run.learner.fit([[0.0], [1.0]], [[0.0], [0.8]]).predict([[0.5]]).shape
     (3, (1, 1))
     """
+    for callback in callbacks:
+        if not callable(callback):
+            raise InputError(f"callbacks: {callback!r} cannot be called; pass functions (iteration, metrics)")
     parts = Parts(_module(model), _task(tasks), loss if callable(loss) else None)
     built = _config(model, tasks, loss, config, run_dir, parts)
     asked: list[bool] = []
@@ -135,9 +138,11 @@ def _config(model: Any, tasks: Any, loss: Any, config: Any, run_dir: Any, parts:
     content: dict[str, Any] = {"tracking.uri": "disabled"}
     if isinstance(config, dict):
         content |= config
-    elif config is not None:
+    elif isinstance(config, str | Path):
         content = configuration.read_yaml(Path(config))
-    named = getattr(tasks, "__qualname__", type(tasks).__qualname__)
+    elif config is not None:
+        raise InputError(f"config: {type(config).__name__} is neither a YAML file nor a dict of dotted keys; pass one")
+    named = getattr(tasks, "__qualname__", type(tasks).__qualname__).rpartition("<locals>.")[2].replace("<lambda>", "tasks")
     content["model.name"] = model if parts.model is None else f"python:{type(model).__qualname__}-{_digest(parts.model)}"
     content["data.name"] = tasks if parts.task is None else f"python:{named}"
     if isinstance(loss, str):

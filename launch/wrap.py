@@ -1,14 +1,15 @@
 """Meta-gradients for a training loop of one's own: any torch.optim optimiser takes the step, and alpha and beta adapt."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from alpha_maml.data.function import NOWHERE, FunctionTasks
+from alpha_maml.data.function import as_task, stacked, usual_loss
 from alpha_maml.data.losses.contract import as_loss
+from alpha_maml.data.tasks import TaskBatch
 from alpha_maml.errors import InputError, say
 from alpha_maml.models import checks
 from alpha_maml.models.build import usable
@@ -24,7 +25,7 @@ from alpha_maml.trainer.core.meta_gradient import meta_gradient as core_meta_gra
 from alpha_maml.trainer.core.meta_gradient import one_task
 from alpha_maml.trainer.core.sweep import MetaGradient
 
-Tasks = Sequence[tuple[Any, Any]]  # (support, query) of each
+Tasks = Iterable[tuple[Any, Any]]  # (support, query) of each
 
 
 def meta_gradient(model: nn.Module, tasks: Tasks, alpha: float | Tensor = 0.01, *,
@@ -48,9 +49,13 @@ def meta_gradient(model: nn.Module, tasks: Tasks, alpha: float | Tensor = 0.01, 
     (['bias', 'weight'], torch.Size([]))
     """
     wrapped = wrap(model, loss=loss, config={"inner.steps": steps, "inner.order": order, "rates.rule": "fixed"})
-    wrapped.begin(tasks)
+    batch = wrapped.read(tasks)
     theta = {name: p.detach() for name, p in learned(wrapped.model).items()}
-    return wrapped.measure(theta, torch.as_tensor(alpha, dtype=next(iter(theta.values())).dtype), tasks)
+    try:
+        rates = torch.as_tensor(alpha, dtype=next(iter(theta.values())).dtype)
+    except (TypeError, ValueError):
+        raise InputError(f"alpha: {alpha!r} is not a number or a tensor; pass the inner rate") from None
+    return wrapped.measure(theta, rates, batch)
 
 
 class Way(NamedTuple):
@@ -91,8 +96,8 @@ class wrap:  # noqa: N801  a verb where it is called
         self.theta = learned(module)
         self.loop: InnerLoop = objective.inner_loop(self.config, self.theta)
         self.rule, self.apply = objective.rule(self.config), function(module, training=True)
-        device = next(iter(self.theta.values())).device
-        self.rates = objective.first_rates(self.config, alpha_sizes(self.loop, self.theta), device)
+        self.device = next(iter(self.theta.values())).device
+        self.rates = objective.first_rates(self.config, alpha_sizes(self.loop, self.theta), self.device)
         self.way: Way | None = None
         self.before: Params | None = None  # theta of the last backward
 
@@ -106,29 +111,29 @@ class wrap:  # noqa: N801  a verb where it is called
         """The meta rate of this iteration's step."""
         return float(self.rates.beta)
 
-    def begin(self, tasks: Tasks) -> Way:
+    def read(self, tasks: Tasks) -> list[TaskBatch]:
+        """The tasks; empty batches and what is no task raise InputError."""
+        dtype = next(iter(self.theta.values())).dtype
+        found = [as_task(task, dtype, f"tasks: number {number}") for number, task in enumerate(tasks)]
+        if not found:
+            raise InputError("tasks: the batch is empty; pass a pair (support, query) for each task")
+        return found
+
+    def begin(self, first: TaskBatch) -> Way:
         """Tries the model and the loss on the first task."""
         if self.way is None:
-            if not tasks:
-                raise InputError("tasks: the batch is empty; pass a pair (support, query) for each task")
-            source = self._source(tasks)
-            loss = as_loss(self.given) if self.given else source.loss
-            trial = checks.check(type(self.model).__name__, self.model, source._one("train", 0).support, loss, None,
-                                 self.config.model.randomness, self.config.inner.order == "second")
+            loss = as_loss(self.given) if self.given else usual_loss(first, 1)[0]
+            first = first.map(lambda t: t.to(self.device))
+            trial = checks.check(type(self.model).__name__, self.model, first.support, loss, None,
+                                 self.config.model.randomness, self.config.inner.order == "second", first.query)
             for line in trial.notes + ([trial.alone] if trial.alone else []):
                 say(line)
             self.way = Way(loss, trial.metrics, trial.alone is not None)
         return self.way
 
-    def _source(self, tasks: Tasks) -> FunctionTasks:
-        like = next(iter(self.theta.values()))
-        return FunctionTasks("tasks", lambda split, number: tasks[number],
-                             NOWHERE._replace(dtype=like.dtype, device=like.device, batch=len(tasks)))
-
-    def measure(self, theta: Params, alpha: Tensor, tasks: Tasks) -> MetaGradient:
+    def measure(self, theta: Params, alpha: Tensor, tasks: list[TaskBatch]) -> MetaGradient:
         """The sums over the tasks at theta."""
-        way = self.begin(tasks)
-        batch = self._source(tasks).batch("train", 0, torch.arange(len(tasks)))
+        way, batch = self.begin(tasks[0]), stacked(tasks, self.device)
         chunk, forward_tasks = (1, one_task(self.apply)) if way.alone else (self.config.task.chunk, None)
         return core_meta_gradient(self.apply, way.loss, theta, alpha, batch, self.loop, chunk, forward_tasks)
 
@@ -142,8 +147,8 @@ class wrap:  # noqa: N801  a verb where it is called
             The means of the losses and of the loss's own metrics; alpha (the mean) and beta.
         """
         theta = {name: p.detach() for name, p in self.theta.items()}
-        like, count = next(iter(theta.values())), len(tasks)
-        local = self.measure(theta, self.rates.alpha.to(like.dtype), tasks)
+        like, batch = next(iter(theta.values())), self.read(tasks)
+        local, count = self.measure(theta, self.rates.alpha.to(like.dtype), batch), len(batch)
         gradient = {name: g / count for name, g in local.gradient.items()}
         # What theta has moved by since the last time is beta times the direction that the optimiser took.
         previous = {name: (self.before[name] - p) / self.rates.beta.to(p.dtype) if self.before else torch.zeros_like(p)
@@ -165,8 +170,9 @@ class wrap:  # noqa: N801  a verb where it is called
 
     def adapt(self, support: Any, steps: int | None = None) -> Callable[[Any], Any]:
         """The model adapted to a support set: a function of a batch (x, y) or a dict, in evaluation mode."""
-        task = self._source([(support, support)])._one("train", 0)
-        way, theta = self.begin([(support, support)]), {name: p.detach() for name, p in self.theta.items()}
+        (task,) = self.read([(support, support)])
+        task = task.map(lambda t: t.to(self.device))
+        way, theta = self.begin(task), {name: p.detach() for name, p in self.theta.items()}
         loop = self.loop._replace(steps=self.loop.steps if steps is None else steps)
         apply = function(self.model, training=False)
         alpha = self.rates.alpha.to(next(iter(theta.values())).dtype)

@@ -47,8 +47,8 @@ def _refusing(line: Callable[[Exception], str]) -> Iterator[None]:
 
 
 def check(name: str, model: nn.Module, batch: Any, loss: Loss, outputs: int | None = None, randomness: str = "error",
-          second_order: bool = True) -> Trial:
-    """Tries the model `name` and the loss on one task's support set.
+          second_order: bool = True, query: Any = None) -> Trial:
+    """Tries the model `name` and the loss on one task's support set, `batch`, and whether they take its query.
 
     Raises InputError where it cannot be adapted: what its forward returns, parameters none of which a gradient reaches, state
     that it keeps, random numbers that `randomness` (vmap's words) does not allow, and what the derivatives refuse. `outputs`:
@@ -60,6 +60,8 @@ def check(name: str, model: nn.Module, batch: Any, loss: Loss, outputs: int | No
     with torch.random.fork_rng(devices=devices), _no_checkpoints(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as of operations that vmap does one by one
         y, metrics, notes = _check_forward(name, model, params, batch, loss, outputs)
+        if query is not None:
+            _check_query(name, model, params, query, loss)
         if second_order:
             _check_second_derivative(name, model, params, batch, loss)
         _check_state(name, model, params, batch)
@@ -112,11 +114,19 @@ def _check_forward(name: str, model: nn.Module, params: dict[str, Tensor], batch
     return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, y), tuple(metrics), notes
 
 
-def measured(name: str, y: Any, batch: Any, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+def _check_query(name: str, model: nn.Module, params: dict[str, Tensor], query: Any, loss: Loss) -> None:
+    with (torch.no_grad(), _refusing(lambda e: f"model.name: {name} takes a task's support but not its query ({reason(e)}); "
+                                     "make the two alike in all but their number of examples")):
+        y = function(model, training=False)(params, query)
+    measured(name, y, query, loss, "query")
+
+
+def measured(name: str, y: Any, batch: Any, loss: Loss, part: str = "support") -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a model's outputs and its metrics. Raises InputError where they are not scalars, or cannot be had."""
-    with _refusing(lambda e: f"task.loss: the loss fails on the outputs of {name} for a support set ({reason(e)}); name "
-                   "another task.loss, or correct it"):
+    with _refusing(lambda e: f"task.loss: the loss fails on the outputs of {name} for a task's {part} ({reason(e)}); "
+                   "name another task.loss, or correct it"):
         value, metrics = loss(y, batch)
+        getattr(loss, "trial", lambda y, batch: None)(y, batch)
     if not isinstance(value, Tensor) or value.dim() > 0 or not value.is_floating_point():
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"task.loss: it returns {got}, it must return a scalar of the task's mean loss; correct it")

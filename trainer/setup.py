@@ -128,7 +128,7 @@ def _tried(config: Config, parts: Parts, model: nn.Module, loss: Loss, first: Ta
     plain = isinstance(first.support, tuple) and isinstance(first.support[0], Tensor)
     own = parts.loss or parts.model is not None or config.task.loss
     return checks.check(config.model.name, model, first.support, loss, outputs if plain and not own else None,
-                        config.model.randomness, config.inner.order == "second")
+                        config.model.randomness, config.inner.order == "second", first.query)
 
 
 def _ways(config: Config, world: World, model: nn.Module, apply: Apply, train_apply: Apply, trial: checks.Trial, inputs: int,

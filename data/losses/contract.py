@@ -13,20 +13,20 @@ TARGETS = ("labels", "y", "targets", "target", "label")  # under which a batch t
 IGNORED = -100  # the label of what takes no part: torch's
 
 
-def over_tasks(loss: Loss) -> Loss:
-    """Marks a loss that, of outputs and targets with an axis of tasks in front, gives each task's."""
-    setattr(loss, "over_tasks", True)  # noqa: B010  a function's attribute is unknown to type checkers
+def over_tasks(loss: Loss, tasks: Loss | None = None) -> Loss:
+    """Marks a loss that, of outputs and targets with an axis of tasks in front, gives each task's; `tasks` does where given."""
+    setattr(loss, "over_tasks", tasks or loss)  # noqa: B010  a function's attribute is unknown to type checkers
     return loss
 
 
 def each_of_tasks(loss: Loss) -> Loss:
     """The loss of many tasks at once, each field with the axis of tasks in front."""
-    return loss if getattr(loss, "over_tasks", False) else vmap(loss)
+    return getattr(loss, "over_tasks", None) or vmap(loss)
 
 
 def as_loss(function: Callable[[Any, Any], Any]) -> Loss:
     """A user's function, which may return a scalar alone, as a loss."""
-    if getattr(function, "over_tasks", False):
+    if hasattr(function, "over_tasks"):
         return function
 
     def loss(outputs: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -35,6 +35,18 @@ def as_loss(function: Callable[[Any, Any], Any]) -> Loss:
         return value, {name: torch.as_tensor(metric, device=value.device).detach() for name, metric in metrics.items()}
 
     return loss
+
+
+def agree(outputs: torch.Size, wanted: torch.Size) -> None:
+    """Raises ValueError where the outputs answer for targets of another shape: broadcast, they would train to nonsense."""
+    if outputs != wanted:
+        raise ValueError(f"the outputs are for targets of shape {list(outputs)}, the targets have {list(wanted)}")
+
+
+def tried(loss: Loss, trial: Callable[[Any, Any], None]) -> None:
+    """Names what raises ValueError where real outputs and a real batch do not fit by their values, which no loss under vmap can
+    look at."""
+    setattr(loss, "trial", trial)  # noqa: B010
 
 
 def answers(outputs: Any) -> Tensor:

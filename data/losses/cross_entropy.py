@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alpha_maml.data.losses.contract import answers, over_tasks, targets
+from alpha_maml.data.losses.contract import agree, answers, over_tasks, targets, tried
 
 
 @over_tasks
@@ -26,6 +26,17 @@ def cross_entropy_of_present(outputs: Any, batch: Any) -> tuple[Tensor, dict[str
 
 
 def _classes(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    agree(logits.shape[:-1], labels.shape)
     accuracy = (logits.detach().argmax(-1) == labels).to(logits.dtype).mean(-1)
     right = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)  # gather would tie a graph to one size
     return -torch.where(right, F.log_softmax(logits, -1), 0).sum(-1).mean(-1), {"accuracy": accuracy}
+
+
+def _classes_exist(outputs: Any, batch: Any) -> None:
+    highest, number = int(targets(batch).max()), answers(outputs).shape[-1]
+    if highest >= number:
+        raise ValueError(f"label {highest} is none of the {number} classes that the model has outputs for, which count from 0")
+
+
+for _loss in (cross_entropy, cross_entropy_of_present):
+    tried(_loss, _classes_exist)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alpha_maml.data.losses.contract import IGNORED, answers, targets
+from alpha_maml.data.losses.contract import IGNORED, agree, answers, targets
 
 
 def dense_cross_entropy(outputs: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -23,6 +23,7 @@ def next_token(outputs: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _places(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Means over the places that count; their logits' last axis is that of the classes."""
+    agree(logits.shape[:-1], labels.shape)
     counts = labels != IGNORED
     number = counts.sum().clamp(min=1)
     chosen = F.log_softmax(logits, -1).gather(-1, torch.where(counts, labels, 0)[..., None])[..., 0]

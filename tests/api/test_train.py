@@ -142,6 +142,41 @@ def test_rules_have_init_and_update():
         alpha_maml.rules.fixed(kappa=1.0)
 
 
+@pytest.mark.parametrize(("tasks", "words"), (
+    ([], "tasks: the batch is empty"), ([3], "tasks: number 0 is int, it must be (support, query)"),
+))
+@pytest.mark.parametrize("first", (True, False))
+def test_a_wrapped_module_refuses_what_is_no_batch_of_tasks(tasks: list, words: str, first: bool):
+    wrapped = alpha_maml.wrap(net())
+    if not first:
+        wrapped.backward(waves("train", number) for number in range(2))
+    with pytest.raises(InputError) as caught:
+        wrapped.backward(tasks)
+    assert words in str(caught.value)
+
+
+def test_a_task_of_nan_is_skipped_and_not_called_random(tmp_path: Path):
+    def tasks(split: str, number: int) -> tuple:
+        return halves((torch.ones(4, 1), torch.full((4, 1), torch.nan)), 2)
+
+    assert torch.isnan(alpha_maml.meta_gradient(net(), [tasks("train", 0)]).loss)
+    run = alpha_maml.train(net(), tasks, config=SMALL, run_dir=tmp_path / "run")
+    assert [row["guards/skipped"] for row in run.history] == [1] * 4
+
+
+@pytest.mark.parametrize("shape", ((), (1,), (1, 2, 3)))
+def test_mean_squared_error_of_targets_of_any_shape(shape: tuple[int, ...]):
+    """Of targets [n] too, which would otherwise be held, broadcast, against every output."""
+    x, y = torch.randn(5, 1, dtype=torch.float64), torch.randn(5, *shape, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(1, max(1, y[0].numel())), nn.Unflatten(1, shape or (1,))).double()
+    wanted = F.mse_loss(model(x), y.reshape(5, *(shape or (1,))))
+    wanted.backward()
+    found = alpha_maml.meta_gradient(model, 2 * [((x, y), (x, y))], alpha=0.0)
+    assert float(found.loss) == pytest.approx(2 * float(wanted.detach()), rel=1e-12)
+    for name, p in model.named_parameters():
+        assert torch.allclose(found.gradient[name], 2 * p.grad, rtol=1e-10), name
+
+
 def random_tasks(split: str, number: int) -> tuple:
     return halves((torch.rand(4, 1), torch.rand(4, 1)), 2)
 
@@ -149,12 +184,19 @@ def random_tasks(split: str, number: int) -> tuple:
 @pytest.mark.parametrize(("arguments", "words"), (
     ({"model": 3}, "model: int is neither a torch.nn.Module nor a name"),
     ({"tasks": 3}, "tasks: int is neither a function (split, number) -> (support, query)"),
-    ({"tasks": lambda split, number: 3}, "returned int, it must return (support, query)"),
+    ({"tasks": lambda split, number: 3}, "is int, it must be (support, query)"),
     ({"tasks": lambda split, number: (("a", "b"), ("c", "d"))}, "where numbers belong"),
     ({"tasks": lambda split, number: 1 / 0}, "fails (ZeroDivisionError: division by zero, at test_train.py"),
+    ({"tasks": lambda split, number: halves((torch.ones(6, 1), torch.ones(6, 2)), 3)}, "for a task's support (ValueError: the "
+     "outputs are for targets of shape [3, 1], the targets have [3, 2])"),
+    ({"tasks": lambda split, number: halves((torch.ones(6, 1), torch.arange(6)), 3), "model": nn.Linear(1, 4)},
+     "for a task's query (ValueError: label 5 is none of the 4 classes that the model has outputs for, which count from 0)"),
+    ({"tasks": lambda split, number: ((torch.ones(3, 1), torch.ones(3, 1)), (torch.ones(3, 2), torch.ones(3, 1)))},
+     "takes a task's support but not its query (RuntimeError"),
     ({"tasks": random_tasks}, "returns another task each time"),
     ({"loss": "nothing"}, "task.loss: 'nothing' must be cross_entropy, mean_squared_error"),
     ({"config": {"iteration": 3}}, "iteration: no such key (in config); did you mean iterations?"),
+    ({"config": 7}, "config: int is neither a YAML file nor a dict"), ({"callbacks": [7]}, "callbacks: 7 cannot be called"),
     ({"config": "none.yaml"}, "none.yaml is not a file"),
     ({"model": nn.Linear(3, 1)}, "fails on inputs of shape [5, 1]"),
     ({"model": nn.Linear(1, 1).requires_grad_(False)}, "has no parameter that requires a gradient"),

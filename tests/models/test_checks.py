@@ -210,7 +210,7 @@ def test_running_statistics_become_those_of_the_batch_and_frozen_ones_stay():
     (lambda outputs, batch: outputs, "it returns a tensor of shape [2, 3], it must return a scalar"),
     (lambda outputs, batch: 3.0, "it returns float"),
     (lambda outputs, batch: (outputs.sum(), {"each": outputs}), "its metrics ['each'] must be scalars"),
-    (lambda outputs, batch: outputs.nothing, "the loss fails on the outputs of own for a support set (AttributeError")))
+    (lambda outputs, batch: outputs.nothing, "the loss fails on the outputs of own for a task's support (AttributeError")))
 def test_a_loss_that_is_none_is_one_line(loss: Callable, words: str):
     model = build_model("test_checks:Linear", (2,), 3, 0)
     with pytest.raises(InputError) as caught:
