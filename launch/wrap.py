@@ -62,7 +62,6 @@ class Way(NamedTuple):
     """How this model's tasks are differentiated; known from the first tasks on."""
 
     loss: Callable
-    of_loss: tuple[str, ...]
     alone: bool
 
 
@@ -128,7 +127,7 @@ class wrap:  # noqa: N801  a verb where it is called
                                  self.config.model.randomness, self.config.inner.order == "second", first.query)
             for line in trial.notes + ([trial.alone] if trial.alone else []):
                 say(line)
-            self.way = Way(loss, trial.metrics, trial.alone is not None)
+            self.way = Way(loss, trial.alone is not None)
         return self.way
 
     def measure(self, theta: Params, alpha: Tensor, tasks: list[TaskBatch]) -> MetaGradient:
