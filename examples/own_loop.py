@@ -17,7 +17,7 @@ def sinusoid(split: str, number: int):
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
 optimizer = torch.optim.AdamW(net.parameters(), weight_decay=1e-4)
-wrapped = alpha_maml.wrap(net, optimizer=optimizer, config={"rates.alpha": 0.01, "rates.beta": 1e-3, "rates.maximum": 0.02})
+wrapped = alpha_maml.wrap(net, optimizer=optimizer, config={"rates.alpha": 0.01, "rates.beta": 1e-3})
 
 for iteration in range(600):
     optimizer.zero_grad()

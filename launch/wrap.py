@@ -156,7 +156,7 @@ class wrap:  # noqa: N801  a verb where it is called
             torch.stack([(a[name] * b[name]).sum(dtype=torch.float64) for name in theta]).sum()
             for a, b in ((gradient, gradient), (gradient, previous), (previous, previous)))
         total = Total(local._replace(gradient={}), squared, product, previous_squared, torch.zeros(()), {})
-        decision = decide(self.rule, self.rates, signals(total, count, False), self.config.on_nonfinite)
+        decision = decide(self.rule, self.rates, signals(total, count, 0.0), self.config.on_nonfinite)
         self.before, used = {name: p.clone() for name, p in theta.items()}, self.rates.alpha.mean()
         self.rates = decision.rates
         for name, p in self.theta.items():

@@ -32,9 +32,9 @@ class Diverged(Exception):
     """No iteration gives a finite loss any more; the message says where and what to try."""
 
 
-def resume(state: State, folder: Path, world: World, frozen: str | None = None) -> State:
+def resume(state: State, folder: Path, world: World, problem: Problem | None = None) -> State:
     """The newest whole checkpoint's state, or `state` where there is none; rank 0 reads, and every rank ends with its
-    bits. Raises InputError where the checkpoints do not fit."""
+    bits. Raises InputError where the checkpoints do not fit, or could not be trained on as a part of `problem`."""
     tensors, iteration = {name: t.clone() for name, t in snapshot(state).items()}, 0
     if world.rank == 0:
         path, complaints = checkpoint.newest(folder / "checkpoints")
@@ -44,10 +44,18 @@ def resume(state: State, folder: Path, world: World, frozen: str | None = None) 
             checkpoint.load(path, tensors)
             facts = checkpoint.facts(path)
             iteration = facts["iteration"]
-            if frozen is not None and facts.get("frozen", frozen) != frozen:
-                raise InputError(f"run_dir: {folder} was trained beside other frozen parameters than the model has now; give "
-                                 "the model that it began with, or another run_dir")
+            if problem is not None:
+                _check_the_same(problem, facts, folder)
     return restored(state.engine, tensors, broadcast_state(tensors, iteration, world))
+
+
+def _check_the_same(problem: Problem, facts: dict, folder: Path) -> None:
+    if problem.frozen is not None and facts.get("frozen", problem.frozen) != problem.frozen:
+        raise InputError(f"run_dir: {folder} was trained beside other frozen parameters than the model has now; give the model "
+                         "that it began with, or another run_dir")
+    if facts.get("relative", False) != (problem.radius > 0):
+        raise InputError(f"run_dir: {folder} was trained by rule adaptive of version 0.1, which took other steps; choose "
+                         "another run_dir, or go on with that version")
 
 
 def train(config: Config, world: World, stop_requested: Callable[[], bool], started: Callable[[Path, bool], None],
@@ -63,7 +71,7 @@ def train(config: Config, world: World, stop_requested: Callable[[], bool], star
         if world.rank == 0:
             check_ownership(folder, config)
         problem, state = set_up(config, world, parts=parts)
-        state = resume(state, folder, world, problem.frozen)
+        state = resume(state, folder, world, problem)
         finished = state.iteration >= config.iterations
         recorder = Recorder(folder if world.rank == 0 and not finished else None, problem.metrics, config.task.batch)
         if world.rank == 0:
@@ -132,7 +140,8 @@ def _iterate(problem: Problem, state: State, recorder: Recorder, saver: checkpoi
                     tensors = {name: t.clone() for name, t in tensors.items()}  # a graph writes its own anew
                 if world.rank == 0:
                     saver.save(state.iteration, tensors, {
-                        "world_size": world.size, "trajectory": trajectory(config), "frozen": problem.frozen})
+                        "world_size": world.size, "trajectory": trajectory(config), "frozen": problem.frozen,
+                        "relative": problem.radius > 0})
         if stopping and not last:
             return "KILLED"
     return "FINISHED"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpha_maml.trainer.config import Config
+from alpha_maml.trainer.config import Config, optimizer_of
 from alpha_maml.trainer.core.inner import Annealing, InnerLoop, adapted_names, annealed, per_step_names
 from alpha_maml.trainer.core.rules import RULES
 from alpha_maml.trainer.core.rules.rule import Rates, Rule
@@ -52,12 +52,13 @@ def first_rates(config: Config, alpha_sizes: tuple[int, ...], device: torch.devi
 
 
 def outer_step(config: Config) -> OuterStep:
-    """theta's step. What outer.trust and outer.average leave open the rule says: plain MAML and the paper know theta alone."""
+    """theta's step. What the keys of `outer` leave open the rule says: plain MAML and the paper take the meta-gradient as it
+    is, and know theta alone."""
     outer, named = config.outer, config.rates.rule
-    optimizer: Optimizer = OPTIMIZERS.find(outer.optimizer)(outer.weight_decay)
-    trust = outer.trust if outer.trust is not None else optimizer.trust if RULES.has(named, "trust") else 0.0
+    optimizer: Optimizer = OPTIMIZERS.find(optimizer_of(config))(outer.weight_decay)
+    relative = RULES.has(named, "relative") and outer.trust != 0
     average = RULES.has(named, "average") if outer.average is None else outer.average
-    return OuterStep(optimizer, trust, average, outer.weight_decay, outer.clip)
+    return OuterStep(optimizer, relative, outer.trust or 0.0, average, outer.weight_decay, outer.clip)
 
 
 def divisor(config: Config) -> int:

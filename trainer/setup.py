@@ -94,9 +94,8 @@ def set_up(config: Config, world: World, outputs: int = 0, parts: Parts = Parts(
     loop = objective.inner_loop(config, theta, seed)
     if task.inner_loss is not None:
         loop = loop._replace(loss=as_loss(LOSSES.find(task.inner_loss)))
-    along_gradient = outer.optimizer.along_gradient and outer.trust > 0 and outer.clip == 0
     problem = Problem(config, world, source, loss, apply, train_apply, indices, dtype, loop, objective.rule(config),
-                      trial.metrics, along_gradient, *ways, hollow, frozen_digest(hollow))
+                      trial.metrics, outer.radius, *ways, hollow, frozen_digest(hollow))
     rates = objective.first_rates(config, alpha_sizes(loop, theta), world.device)
     if alpha is not None and alpha.shape == rates.alpha.shape:  # of the run that this one starts from
         rates = rates._replace(alpha=alpha.to(rates.alpha))

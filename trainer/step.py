@@ -41,7 +41,7 @@ class Problem:
     loop: InnerLoop  # without annealing
     rule: Rule
     of_loss: tuple[str, ...] = ()  # the names of the loss's own metrics
-    along_gradient: bool = False  # theta steps along the meta-gradient itself, under a trust region
+    radius: float = 0.0  # the relative step from which beta starts; 0 where theta's steps are not relative
     apply_tasks: Apply | None = None  # `apply` of many tasks at once, where the model can
     forward_tasks: Apply | None = None  # the same of `train_apply`
     each_task: Callable[..., MetaGradient] = each_task  # or that function compiled
@@ -81,9 +81,10 @@ def step_on(problem: Problem, state: State, tasks: TaskBatch | list[TaskBatch], 
     local = meta_gradient(problem.train_apply, problem.loss, engine.theta(), alpha, tasks, loop, problem.chunk,
                           problem.forward_tasks, problem.each_task)  # 1: adapt with alpha_t, sum over this rank's tasks
     total = engine.reduce(local, stop)  # over all ranks
-    found = signals(total, divisor(problem.config), problem.along_gradient)
+    found = signals(total, divisor(problem.config), problem.radius)
     decision = decided(problem, state.rates, found)  # 2: beta_t; 4: alpha_{t+1}
-    engine.apply(total, decision.rates.beta, decision.usable)  # 3: theta_t
+    moves = decision.usable & problem.rule.moves(state.rates, found)
+    engine.apply(total, decision.rates.beta, moves)  # 3: theta_t
     return State(engine, decision.rates, state.iteration + 1), values(problem, state, total, found, decision)
 
 

@@ -12,9 +12,8 @@ from alpha_maml.trainer.config import Config
 from alpha_maml.trainer.config.keys import OuterSettings, RatesSettings
 from alpha_maml.trainer.core.algebra import Params
 from alpha_maml.trainer.optim import step
-from alpha_maml.trainer.optim.muon import orthogonalised
+from alpha_maml.trainer.optim.muon import COEFFICIENTS, STEPS, orthogonalised
 from alpha_maml.trainer.optim.optimizer import Optimizer
-from alpha_maml.trainer.optim.sgd import SGD
 from alpha_maml.trainer.optim.step import Memory, OuterStep, Whole
 
 SHAPES = (("weight", (4, 3)), ("wide", (2, 8)), ("bias", (4,)))
@@ -38,7 +37,7 @@ def move(settings: OuterStep, theta: Params, gradient: Params, beta: float, memo
          usable: bool = True) -> tuple[Params, Memory]:
     squared = torch.stack([g.square().sum() for g in gradient.values()]).sum()
     size = torch.tensor(beta, dtype=torch.float64)
-    return settings.move(theta, gradient, squared, size, torch.tensor(usable), memory, Whole())
+    return settings.move(theta, gradient, squared, size, torch.tensor(usable), memory, Whole(theta))
 
 
 def references(theta: Params, name: str, decay: float) -> list[torch.optim.Optimizer]:
@@ -68,18 +67,26 @@ def test_equals_the_optimiser_of_torch(name: str, decay: float):
         for optimizer in optimizers:
             optimizer.step()
         for n in theta:
-            assert torch.allclose(theta[n], theirs[n].detach(), rtol=1e-12)
+            # torch's Muon orthogonalises in bfloat16, which is 2 % of a step off.
+            allowed = 0.02 * float((theta[n] - before[n]).norm()) if name == "muon" and theta[n].dim() > 1 else 0.0
+            assert torch.allclose(theta[n], theirs[n].detach(), rtol=1e-12, atol=allowed)
+            theirs[n].data.copy_(theta[n])
             assert torch.allclose(before[n] - 0.01 * memory.parts["previous"][n], theta[n], rtol=1e-12), "not what was applied"
 
 
-@pytest.mark.parametrize("shape", ((5, 3), (3, 5), (4, 4)))
-def test_muon_makes_the_singular_values_nearly_equal(shape: tuple[int, int]):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    found = orthogonalised(matrix).double()
-    values = torch.linalg.svdvals(found)
-    assert 0.6 < float(values.min()) and float(values.max()) < 1.3
-    assert float((u.mT @ found @ v.mT).diagonal().min()) > 0.6, "not along U V^T"
+def test_muon_makes_the_singular_values_nearly_equal():
+    """Of matrices of several shapes at once, one of them nearly of rank 1: by the polynomials of their singular values."""
+    generator = torch.Generator().manual_seed(1)
+    matrices = [torch.randn(shape, generator=generator, dtype=torch.float64)
+                for shape in ((5, 3), (3, 5), (4, 4), (8, 50), (7, 6), (1, 9))]
+    matrices.append(matrices[0][:, :1] @ matrices[1][:1] + 1e-5 * torch.eye(5, dtype=torch.float64))
+    for matrix, found in zip(matrices, orthogonalised(matrices)):
+        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        values = values / values.norm()
+        for _ in range(STEPS):
+            values = sum(c * values ** (2 * i + 1) for i, c in enumerate(COEFFICIENTS))
+        assert torch.allclose(found, (u * values) @ v, atol=1e-10)
+    assert 0.6 < float(torch.linalg.svdvals(orthogonalised(matrices[:1])[0]).min())
 
 
 def test_muon_takes_a_kernel_of_four_axes_as_a_matrix():
@@ -95,35 +102,53 @@ def test_clipping_shortens_the_gradient_to_its_largest_norm_and_no_further():
     theta, (gradient, *_) = start()
     norm = float(torch.cat([g.flatten() for g in gradient.values()]).norm())
     for clip, length in ((norm / 4, norm / 4), (2 * norm, norm)):
-        settings = outer(trust=0.0, average=False, clip=clip)
+        settings = outer(trust=0.0, average=False, clip=clip, optimizer="sgd")
         _, memory = move(settings, theta, gradient, 0.1, settings.init(theta))
         applied = torch.cat([d.flatten() for d in memory.parts["previous"].values()])
         assert float(applied.norm()) == pytest.approx(length)
 
 
-def test_the_trust_region_bounds_each_tensor_by_its_own_norm():
+@pytest.mark.parametrize("name", ("sgd", "adam", "adamw", "muon"))
+def test_under_the_default_rule_beta_is_the_step_of_every_tensor_in_units_of_its_own_length(name: str):
     theta, gradients = start()
     theta["bias"] = torch.zeros_like(theta["bias"])  # may still move, by the floor
-    settings, free = outer(average=False), objective.outer_step(Config(rates=RatesSettings(rule="fixed")))
-    moved, memory = move(settings, theta, gradients[0], 100.0, settings.init(theta))
-    first = SGD.trust / step.WARM_STEPS**3 / (1 + 1 / step.TRUST_STEPS) ** 0.5
-    assert float((moved["weight"] - theta["weight"]).norm() / theta["weight"].norm()) == pytest.approx(first)
-    assert float(moved["bias"].norm()) == pytest.approx(first * step.NORM_FLOOR)
-    assert torch.allclose(theta["weight"] - 100 * memory.parts["previous"]["weight"], moved["weight"])
+    theta["idle"], gradients[0]["idle"] = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    settings = outer(average=False, optimizer=name)
+    moved, memory = move(settings, theta, gradients[0], 0.05, settings.init(theta))
+    step_1 = 0.05 / step.WARM_STEPS**3 / (1 + 1 / step.SHRINK_STEPS) ** 0.5
+    for n in ("weight", "wide"):
+        assert float((moved[n] - theta[n]).norm() / theta[n].norm()) == pytest.approx(step_1)
+        assert torch.allclose(theta[n] - 0.05 * memory.parts["previous"][n], moved[n]), "not what was applied"
+    assert float(moved["bias"].norm()) == pytest.approx(step_1 * step.FLOOR / 3**0.5)
+    assert torch.equal(moved["idle"], theta["idle"]), "a tensor without a gradient moved"
+    bounded = outer(average=False, optimizer=name, trust=0.01)
+    within, _ = move(bounded, theta, gradients[0], 0.05, bounded.init(theta))
+    assert torch.allclose((within["weight"] - theta["weight"]) * 5, moved["weight"] - theta["weight"])
+
+
+def test_plain_maml_steps_by_beta_and_a_trust_region_bounds_it():
+    theta, gradients = start()
+    free, bounded = (objective.outer_step(Config(rates=RatesSettings(rule="fixed"), outer=OuterSettings(trust=trust)))
+                     for trust in (None, 0.2))
     moved, _ = move(free, theta, gradients[0], 100.0, free.init(theta))
-    assert torch.allclose(theta["weight"] - 100 * gradients[0]["weight"], moved["weight"]), "MAML has no trust region"
+    assert torch.allclose(theta["weight"] - 100 * gradients[0]["weight"], moved["weight"])
+    moved, _ = move(bounded, theta, gradients[0], 100.0, bounded.init(theta))
+    first = 0.2 / step.WARM_STEPS**3 / (1 + 1 / step.SHRINK_STEPS) ** 0.5
+    assert float((moved["weight"] - theta["weight"]).norm() / theta["weight"].norm()) == pytest.approx(first)
+    moved, _ = move(bounded, theta, gradients[0], 1e-9, bounded.init(theta))
+    assert torch.allclose(theta["weight"] - 1e-9 * gradients[0]["weight"], moved["weight"], rtol=1e-14)
 
 
-def test_the_trust_region_opens_and_then_shrinks_as_the_root_of_the_steps():
+def test_relative_steps_grow_and_then_shrink_as_the_root_of_the_steps():
     steps = torch.tensor([5.0, 20.0, 30.0, 990.0], dtype=torch.float64)
-    expected = [0.2 / 64 / 1.25**0.5, 0.2 / 2**0.5, 0.2 / 2.5**0.5, 0.2 / 50.5**0.5]
-    assert step.trust_at(0.2, steps).tolist() == pytest.approx(expected)
+    expected = [1 / 8 / 1.25**0.5, 1 / 2**0.5, 1 / 2.5**0.5, 1 / 50.5**0.5]
+    assert step.opening(steps).tolist() == pytest.approx(expected)
 
 
 def test_theta_lies_halfway_between_the_iterate_and_its_average():
     """z written out, and the polynomial average in closed form: step t of n has t (t + 1) ... over the sum of all."""
     theta, gradients = start()
-    settings, z = outer(trust=0.0), theta["weight"]
+    settings, z = outer(trust=0.0, optimizer="sgd"), theta["weight"]
     memory, seen = settings.init(theta), []
     for gradient in gradients:
         theta, memory = move(settings, theta, gradient, 0.1, memory)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import newest_state
-from processes import ROOT, succeed
+from processes import ROOT, succeed, wrong
 
 from alpha_maml.errors import InputError
 from alpha_maml.trainer.runs import checkpoint
@@ -148,7 +148,7 @@ def test_torch_distributed_checkpoint_reads_it(tmp_path: Path):
     assert same(found, state)
 
 
-@pytest.mark.parametrize("rule", ("adaptive", "paper", "fixed"))
+@pytest.mark.parametrize("rule", ("paper", "fixed"))
 def test_a_run_of_before_goes_on(rule: str, tmp_path: Path):
     """Runs of four iterations made at version 0.1.0, commit 62183b3, and what three more gave there."""
     before = ROOT / "tests/runs/before" / rule
@@ -158,3 +158,15 @@ def test_a_run_of_before_goes_on(rule: str, tmp_path: Path):
     assert set(found) <= set(expected)
     for name, t in found.items():
         assert torch.allclose(t, expected[name], rtol=1e-10, atol=1e-14), name
+
+
+def test_a_run_of_before_by_the_rule_of_before_is_refused_and_still_of_use(tmp_path: Path):
+    """Rule adaptive took other steps at version 0.1.0. What it learned can be evaluated."""
+    folder = tmp_path / "run"
+    shutil.copytree(ROOT / "tests/runs/before/adaptive", folder)
+    line = wrong("train", "--config", folder / "config.yaml", "--run_dir", folder, "--iterations", 7)
+    assert "run_dir" in line and "version 0.1" in line
+    line = wrong("train", "--config", folder / "config.yaml", "--run_dir", folder, "--rates.tolerance", 0)
+    assert "rates.tolerance = 0.6" in line
+    succeed("evaluate", "--run_dir", folder, "--evaluation.tasks", 4)
+    assert newest_state(folder)["outer.count"] == 4

@@ -12,6 +12,9 @@ import yaml
 from alpha_maml.errors import InputError
 from alpha_maml.trainer.config.keys import CIRCUMSTANCE, LATER, Config, names, table
 from alpha_maml.trainer.config.read import build, flat
+from alpha_maml.trainer.core.rules import RULES
+
+BEFORE = 0.6  # rates.tolerance under the rules that do not read it: its default in version 0.1, which folders are named by
 
 
 def to_yaml(config: Config) -> str:
@@ -23,10 +26,17 @@ def flat_values(config: Config) -> dict[str, Any]:
     return flat(asdict(config), "")
 
 
+def optimizer_of(config: Config) -> str:
+    """The outer optimiser's name; outer.optimizer may leave it to the rule."""
+    return config.outer.optimizer or ("muon" if RULES.has(config.rates.rule, "relative") else "sgd")
+
+
 def trajectory(config: Config) -> dict[str, Any]:
     """The keys that decide every bit of theta: two runs that agree in them are parts of one run."""
     circumstances = names(CIRCUMSTANCE)
-    return {name: value for name, value in flat_values(config).items() if name not in circumstances}
+    values = {name: value for name, value in flat_values(config).items() if name not in circumstances}
+    tolerance = values["rates.tolerance"] if config.rates.rule == "adaptive" else BEFORE
+    return values | {"outer.optimizer": optimizer_of(config), "rates.tolerance": tolerance}
 
 
 def check_ownership(folder: Path, config: Config) -> None:

@@ -117,10 +117,12 @@ class InnerSettings:
 
 @dataclass(frozen=True)
 class OuterSettings:
-    optimizer: str = key("sgd", "theta's step: the paper's SGD, or another", NOT_EMPTY, registry=OPTIMIZERS)
+    optimizer: str | None = key(
+        None, "theta's step; null is muon under rule adaptive, else the paper's sgd", NOT_EMPTY, registry=OPTIMIZERS)
     trust: float | None = key(
-        None, "largest relative step of a tensor, opening over 20 iterations as their cube and falling as 1/sqrt(1 + t/20); 0 "
-        "is none, null is 0.2 (sgd) or 0.06 (others) under rule adaptive, else none", NOT_NEGATIVE)
+        None, "largest relative step of a tensor, growing over 20 iterations as their cube and falling as 1/sqrt(1 + t/20). "
+        "Under rule adaptive beta is that step: there 0 takes the optimiser's own instead, of size beta. null is no bound",
+        NOT_NEGATIVE)
     clip: float = key(0.0, "largest norm of the meta-gradient; 0 is none", NOT_NEGATIVE, LATER)
     weight_decay: float = key(
         0.0, "adds weight_decay theta to the meta-gradient; adamw and muon to their direction", WEIGHT_DECAY)
@@ -136,11 +138,13 @@ class RatesSettings:
         None, "what has an inner rate of its own: everything one, each tensor, each tensor and step, each number; null is "
         "layer_step under rule adaptive, else scalar")
     alpha: float = key(0.01, "first inner rate; adaptive scales it in the first iteration", POSITIVE, NUMBER)
-    beta: float = key(0.001, "first meta rate; adaptive with sgd sets its own in the first iteration", POSITIVE, NUMBER)
+    beta: float = key(0.001, "first meta rate; adaptive starts from a relative step of its own, unless outer.trust is 0",
+                      POSITIVE, NUMBER)
     alpha_hyperlr: float = key(1e-3, "rate of alpha, per hypergradient in task.reduction", NOT_NEGATIVE, NUMBER, owner="paper")
     beta_hyperlr: float = key(1e-3, "rate of beta, per product in task.reduction", NOT_NEGATIVE, NUMBER, owner="paper")
-    kappa: float = key(0.5, "largest step of log alpha and log beta per iteration", POSITIVE, NUMBER, owner="adaptive")
-    tolerance: float = key(0.6, "opposition of successive meta-gradients that beta endures", NOT_NEGATIVE, NUMBER,
+    kappa: float = key(0.5, "largest step of log alpha per iteration; log beta's is a tenth at first", POSITIVE, NUMBER,
+                       owner="adaptive")
+    tolerance: float = key(0.0, "opposition of successive meta-gradients, as a cosine, that beta endures", NOT_NEGATIVE, NUMBER,
                            owner="adaptive")
     minimum: float = key(1e-6, "lower bound of both rates", POSITIVE, owner="adaptive")
     maximum: float = key(1000.0, "upper bound of both rates", POSITIVE, owner="adaptive")

@@ -49,3 +49,14 @@ def descended(phi: Params, rates: Params, direction: Params) -> Params:
 def shared(theta: Params, tasks: int) -> Params:
     """theta with an axis of tasks in front, without copies: products with it see one matrix."""
     return {name: p.expand(tasks, *p.shape) for name, p in theta.items()}
+
+
+def flat(params: Params) -> Tensor:
+    """All tensors as one vector: what is done to every element alike is one operation then, and not one for each tensor."""
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def named(vector: Tensor, like: Params) -> Params:
+    """The inverse: views of `vector` under the names and in the shapes of `like`."""
+    parts = vector.split([p.numel() for p in like.values()])
+    return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts)}

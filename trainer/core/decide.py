@@ -10,7 +10,6 @@ from alpha_maml.trainer.core.algebra import Params
 from alpha_maml.trainer.core.rules.rule import Rates, Rule, Signals
 from alpha_maml.trainer.core.sweep import MetaGradient
 
-TINY = torch.finfo(torch.float64).tiny
 LARGEST = 1e30  # a rate or a step of theta above this is as good as infinite: float32 ends at 3e38
 
 
@@ -27,23 +26,23 @@ class Total(NamedTuple):
 
 class Decision(NamedTuple):
     rates: Rates  # beta of this iteration's step, alpha of the next adaptation
-    usable: Tensor  # bool: theta may move
+    usable: Tensor  # bool: theta may move, as far as the numbers go
     finite: Tensor  # bool: every number of the iteration is finite
 
 
-def signals(total: Total, count: int, along_gradient: bool) -> Signals:
+def signals(total: Total, count: int, radius: float) -> Signals:
     """The signals of an iteration.
 
     Args:
         total: the sums over the global batch.
         count: what they are divided by: the number of tasks where task.reduction is mean, else 1.
-        along_gradient: theta steps along S_t itself, under a trust region.
+        radius: the relative step from which beta starts; 0 where theta's steps are not relative.
     """
     loss, support_loss, alpha_gradient, alignment_norm = (x / count for x in (
         total.sums.loss, total.sums.support_loss, total.sums.alpha_gradient, total.sums.alignment_norm))
-    polyak = loss.abs() / total.squared_norm.clamp(min=TINY) if along_gradient else torch.zeros_like(loss)
     norms = (total.squared_norm * total.previous_squared).sqrt()
-    return Signals(loss, support_loss, alpha_gradient, alignment_norm, polyak, total.squared_norm, total.product, norms)
+    return Signals(loss, support_loss, alpha_gradient, alignment_norm, torch.full_like(loss, radius), total.squared_norm,
+                   total.product, norms)
 
 
 def decide(rule: Rule, rates: Rates, signals: Signals, on_nonfinite: str = "skip") -> Decision:

@@ -10,7 +10,7 @@ undone here. Pieces are float32.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alpha_maml.errors import InputError
 from alpha_maml.trainer.core import names
 from alpha_maml.trainer.core.algebra import Params
 from alpha_maml.trainer.core.decide import Total
 from alpha_maml.trainer.core.sweep import MetaGradient
 from alpha_maml.trainer.engines.collective import World, sum_in_place
 from alpha_maml.trainer.engines.engine import packed, unpacked
-from alpha_maml.trainer.optim.step import Memory, OuterStep
+from alpha_maml.trainer.optim.optimizer import Optimizer, State
+from alpha_maml.trainer.optim.step import Layout, Memory, OuterStep, Whole
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -50,19 +50,21 @@ class Still(torch.optim.Optimizer):
         pass
 
 
-class Shards:
+class Shards(Layout):
     """The layout of pieces that cut through theta's tensors: `tensor_of` maps each piece's elements to a tensor's number
     (int64, from 1; 0 is padding)."""
 
-    def __init__(self, tensor_of: dict[str, Tensor], tensors: int, world: World | None):
-        self.tensor_of, self.tensors, self.world = tensor_of, tensors, world
+    def __init__(self, tensor_of: dict[str, Tensor], like: Params, world: World | None, gathered: Callable[[Params], Params],
+                 cut: Callable[[Params], Params]):
+        self.tensor_of, self.tensors, self.world, self.gathered, self.cut = tensor_of, len(like), world, gathered, cut
+        self.typical = torch.nn.functional.pad(Whole(like).typical, (1, 0))  # the padding's comes first
 
     def sum(self, values: Tensor) -> Tensor:
         """Over the ranks that hold other elements, which are all or none."""
         return sum_in_place(values, self.world) if self.world else values
 
     def norms(self, pieces: Params) -> Tensor:
-        """float64 [1 + tensors]; the padding's comes first."""
+        """float64 [1 + tensors], as `typical`."""
         sums = torch.zeros(self.tensors + 1, dtype=torch.float64, device=next(iter(pieces.values())).device)
         for name, piece in pieces.items():
             sums.index_add_(0, self.tensor_of[name], piece.flatten().double() ** 2)
@@ -71,15 +73,19 @@ class Shards:
     def scaled(self, pieces: Params, factors: Tensor) -> Params:
         return {name: p * factors[self.tensor_of[name]].view_as(p).to(p.dtype) for name, p in pieces.items()}
 
+    def directions(self, optimizer: Optimizer, gradients: Params, state: State, z: Params,
+                   count: Tensor) -> tuple[Params, State]:
+        if not optimizer.whole:
+            return optimizer.update(gradients, state, z, count)
+        found, state = optimizer.update(self.gathered(gradients), state, self.gathered(z), count)
+        return self.cut(found), state
+
 
 class ZeroEngine:
-    """theta under DeepSpeed at ZeRO's `stage`; float32 only. The other arguments are those of ReplicatedEngine. Raises
-    InputError for an optimiser that cannot take a step on pieces."""
+    """theta under DeepSpeed at ZeRO's `stage`; float32 only. The other arguments are those of ReplicatedEngine. An optimiser
+    that needs whole tensors gets them gathered, and remembers them in full on every rank."""
 
     def __init__(self, theta: Mapping[str, Tensor], outer: OuterStep, count: int, world: World, stage: int):
-        if outer.optimizer.whole:
-            raise InputError(f"outer.optimizer: {type(outer.optimizer).__name__.lower()} needs theta's tensors whole, and "
-                             "engine.name deepspeed cuts them into pieces; use engine.name torch, or another optimiser")
         deepspeed = _import_deepspeed(world.device)
         if not dist.is_initialized():  # the plain command: one rank
             dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,  # pyright: ignore
@@ -112,10 +118,10 @@ class ZeroEngine:
         numbers = {name: p.clone().view(torch.int32).long().flatten() for name, p in self.pieces.items()}
         self.number_of = {name: torch.where((n > 0) & (n < start), n, 0) for name, n in numbers.items()}
         ends = torch.tensor([0, *self.sizes], device=world.device).cumsum(0)
-        self.layout = Shards({name: torch.searchsorted(ends, n) for name, n in self.number_of.items()}, len(values),
-                             world if stage > 0 and world.size > 1 else None)
+        self.layout = Shards({name: torch.searchsorted(ends, n) for name, n in self.number_of.items()}, values,
+                             world if stage > 0 and world.size > 1 else None, self._whole, self._cut)
         self._write_theta(values)
-        self.memory = outer.init({name: p.clone() for name, p in self.pieces.items()})
+        self.memory = outer.init({name: p.clone() for name, p in self.pieces.items()}, values)
 
     @classmethod
     def build(cls, theta: Mapping[str, Tensor], outer: OuterStep, count: int, world: World, zero_stage: int) -> ZeroEngine:
@@ -196,10 +202,12 @@ class ZeroEngine:
                 p.data.copy_(values[key])
 
     def state(self) -> dict[str, Tensor]:
-        parts = {part: self._whole(pieces) for part, pieces in self.memory.parts.items()}
+        parts = {part: self._whole(held) if part in self.outer.in_pieces else {name: t.clone() for name, t in held.items()}
+                 for part, held in self.memory.parts.items()}
         return names.of_theta(self._whole(self.pieces), parts, self.memory.steps.clone())
 
     def load(self, state: dict[str, Tensor]) -> None:
         theta, parts, count = names.theta_of(state, self.outer.parts)
         self._write_theta(theta)
-        self.memory = Memory({part: self._cut(values) for part, values in parts.items()}, count.clone())
+        self.memory = Memory({part: self._cut(values) if part in self.outer.in_pieces else values
+                              for part, values in parts.items()}, count.clone())

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from alpha_maml.trainer.core import names
-from alpha_maml.trainer.core.algebra import Params
+from alpha_maml.trainer.core.algebra import Params, flat, named
 from alpha_maml.trainer.core.decide import Total
 from alpha_maml.trainer.core.sweep import MetaGradient
 from alpha_maml.trainer.engines.collective import World, sum_in_place
 from alpha_maml.trainer.engines.engine import packed, unpacked
-from alpha_maml.trainer.optim.step import OuterStep, Whole
+from alpha_maml.trainer.optim.optimizer import Optimizer, State
+from alpha_maml.trainer.optim.step import Layout, OuterStep, Whole
 
 ALL = "all"  # the name of the one piece that all tensors make up
 
@@ -23,14 +24,13 @@ class ReplicatedEngine:
 
     Args:
         theta: the parameters by name.
-        outer: theta's step. It takes one flat vector, one operation instead of one for each tensor, unless its optimiser needs
-            tensors.
+        outer: theta's step. It takes one flat vector: one operation instead of one for each tensor.
         count: what sums over tasks are divided by: the number of tasks where task.reduction is mean, else 1.
     """
 
     def __init__(self, theta: Params, outer: OuterStep, count: int, world: World):
-        self.params, self.outer, self.count, self.world, self.whole = theta, outer, count, world, outer.optimizer.whole
-        self.memory = outer.init(theta)
+        self.params, self.outer, self.count, self.world = theta, outer, count, world
+        self.memory, self.layout = outer.init(theta), Flat(theta)
 
     @classmethod
     def build(cls, theta: Mapping[str, Tensor], outer: OuterStep, count: int, world: World,
@@ -53,17 +53,14 @@ class ReplicatedEngine:
         return Total(sums, dot(gradient, gradient), dot(gradient, previous), dot(previous, previous), stopping, {ALL: gradient})
 
     def apply(self, total: Total, beta: Tensor, usable: Tensor) -> None:
-        gradients = named(total.gradient[ALL], self.params) if self.whole else total.gradient
-        memory = self.memory._replace(parts={part: self._pieces(tensors) for part, tensors in self.memory.parts.items()})
-        theta, memory = self.outer.move(self._pieces(self.params), gradients, total.squared_norm, beta, usable, memory,
-                                        Whole() if self.whole else Flat(self.params))
-        if not self.whole:
-            memory = memory._replace(parts={part: named(t[ALL], self.params) for part, t in memory.parts.items()})
-            theta = named(theta[ALL], self.params)
-        self.params, self.memory = theta, memory
-
-    def _pieces(self, params: Params) -> Params:
-        return params if self.whole else {ALL: flat(params)}
+        parts = self.memory.parts
+        memory = self.memory._replace(parts=parts | {part: {ALL: flat(parts[part])} for part in self.outer.in_pieces})
+        theta, memory = self.outer.move({ALL: flat(self.params)}, total.gradient, total.squared_norm, beta, usable, memory,
+                                        self.layout)
+        parts = memory.parts
+        self.memory = memory._replace(
+            parts=parts | {part: named(parts[part][ALL], self.params) for part in self.outer.in_pieces})
+        self.params = named(theta[ALL], self.params)
 
     def state(self) -> dict[str, Tensor]:
         return names.of_theta(self.params, *self.memory)
@@ -73,28 +70,25 @@ class ReplicatedEngine:
         self.memory = self.memory._replace(parts=parts, steps=count)
 
 
-class Flat:
-    """The layout of one vector of all tensors."""
+class Flat(Layout):
+    """The layout of one vector of all tensors, which are `like` these."""
 
     def __init__(self, like: Params):
-        self.like = like
+        self.like, self.whole = {name: p.to("meta") for name, p in like.items()}, Whole(like)
+        self.typical = self.whole.typical
 
     def norms(self, pieces: Params) -> Tensor:
-        return Whole().norms(named(pieces[ALL], self.like))
+        return self.whole.norms(named(pieces[ALL], self.like))
 
     def scaled(self, pieces: Params, factors: Tensor) -> Params:
-        return {ALL: flat(Whole().scaled(named(pieces[ALL], self.like), factors))}
+        return {ALL: flat(self.whole.scaled(named(pieces[ALL], self.like), factors))}
 
-
-def flat(params: Params) -> Tensor:
-    """All tensors as one vector: what is done to every element alike is one operation then, and not one for each tensor."""
-    return torch.cat([p.flatten() for p in params.values()])
-
-
-def named(vector: Tensor, like: Params) -> Params:
-    """The inverse: views of `vector` under the names and in the shapes of `like`."""
-    parts = vector.split([p.numel() for p in like.values()])
-    return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts)}
+    def directions(self, optimizer: Optimizer, gradients: Params, state: State, z: Params,
+                   count: Tensor) -> tuple[Params, State]:
+        if not optimizer.whole:
+            return optimizer.update(gradients, state, z, count)
+        found, state = optimizer.update(named(gradients[ALL], self.like), state, named(z[ALL], self.like), count)
+        return {ALL: flat(found)}, state
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

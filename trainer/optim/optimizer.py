@@ -17,9 +17,8 @@ class Optimizer:
             gradients already.
     """
 
-    trust = 0.06  # the relative step of a tensor at most, under a rule with a trust region, where outer.trust is null
+    radius = 0.01  # the relative step of a tensor from which beta starts, under a rule that makes steps relative
     decoupled = False  # of weight decay
-    along_gradient = False  # the direction is the gradient itself
     whole = False  # needs theta's tensors, where pieces of them will not do
     memory: tuple[str, ...] = ()  # what is remembered of each tensor, zeros at first
 

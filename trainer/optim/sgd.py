@@ -10,8 +10,7 @@ from alpha_maml.trainer.optim.optimizer import Optimizer, State
 class SGD(Optimizer):
     """The direction is the meta-gradient itself."""
 
-    along_gradient = True
-    trust = 0.2  # sqrt(10) times Adam's, whose momentum keeps one direction for ten steps
+    radius = 0.03  # about sqrt(10) times the others', whose momentum keeps one direction for ten steps
 
     def update(self, gradients: Params, state: State, params: Params, count: Tensor) -> tuple[Params, State]:
         return gradients, state

@@ -1,20 +1,21 @@
-"""theta's step, once for every engine: clipping, the optimiser's direction, a trust region, and an average."""
+"""theta's step, once for every engine: clipping, the optimiser's direction, its length relative to the tensors, an average."""
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from alpha_maml.trainer.core.algebra import Params
-from alpha_maml.trainer.optim.optimizer import Optimizer
+from alpha_maml.trainer.optim.optimizer import Optimizer, State
 
-NORM_FLOOR = 0.1  # a tensor that starts at zero may still move
-TRUST_STEPS = 20  # after which the trust region begins to shrink, as the root of the steps
-WARM_STEPS = 20  # in which it opens, as their cube: alpha finds its place before theta moves far
+FLOOR = 0.3  # of the length that torch's layers draw for a tensor of its shape: one that starts at zero may still move
+SHRINK_STEPS = 20  # after which relative steps begin to shrink, as the root of the steps
+WARM_STEPS = 10  # over which they grow, as the cube: alpha finds its place before theta moves far
 AVERAGED = 4  # the average weighs step t as t^AVERAGED does: about the last fifth of all steps
 PULL = 0.5  # how far theta lies from the iterate z towards z's average
 TINY = torch.finfo(torch.float64).tiny
+NOTHING = 1e-30  # a direction of this length says nothing
 
 
 class Memory(NamedTuple):
@@ -26,20 +27,31 @@ class Memory(NamedTuple):
     steps: Tensor  # taken so far: float64 scalar
 
 
-class Layout(Protocol):
-    """How an engine's pieces make up theta's N tensors."""
+class Layout:
+    """How an engine's pieces make up theta's N tensors. `typical`: the `typical_length` of each, float64 [N]."""
+
+    typical: Tensor
 
     def norms(self, pieces: Params) -> Tensor:
         """The norm of each of theta's tensors: float64 [N]."""
-        ...
+        raise NotImplementedError
 
     def scaled(self, pieces: Params, factors: Tensor) -> Params:
         """The pieces, each of theta's tensors multiplied by its factor [N]."""
-        ...
+        raise NotImplementedError
+
+    def directions(self, optimizer: Optimizer, gradients: Params, state: State, z: Params,
+                   count: Tensor) -> tuple[Params, State]:
+        """The optimiser's, in pieces."""
+        return optimizer.update(gradients, state, z, count)
 
 
-class Whole:
-    """The layout in which the pieces are theta's tensors."""
+class Whole(Layout):
+    """The layout in which the pieces are theta's tensors; they are `like` these."""
+
+    def __init__(self, like: Params):
+        lengths = [typical_length(p.shape) for p in like.values()]
+        self.typical = torch.tensor(lengths, dtype=torch.float64, device=next(iter(like.values())).device)
 
     def norms(self, pieces: Params) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(p) for p in pieces.values()]).double()
@@ -53,21 +65,25 @@ class OuterStep:
 
     Args:
         optimizer: gives the direction.
-        trust: largest relative step of a tensor; 0 is none.
+        relative: beta is the length of every tensor's step, in units of the tensor's own, times `opening`.
+        trust: largest relative step of a tensor, times `opening`; 0 is none.
         average: keep an average of z, which evaluation uses (schedule-free).
         weight_decay: adds weight_decay theta to the meta-gradient, or to the direction of an optimiser that decouples it.
         clip: largest norm of the meta-gradient; 0 is none.
     """
 
-    def __init__(self, optimizer: Optimizer, trust: float = 0.0, average: bool = False, weight_decay: float = 0.0,
-                 clip: float = 0.0):
-        self.optimizer, self.trust, self.average, self.clip = optimizer, trust, average, clip
+    def __init__(self, optimizer: Optimizer, relative: bool = False, trust: float = 0.0, average: bool = False,
+                 weight_decay: float = 0.0, clip: float = 0.0):
+        self.optimizer, self.relative, self.trust, self.average, self.clip = optimizer, relative, trust, average, clip
         self.gradient_decay = 0.0 if optimizer.decoupled else weight_decay
         self.parts = ["previous", *optimizer.memory, *(["average"] if average else [])]
+        self.in_pieces = [part for part in self.parts if not (optimizer.whole and part in optimizer.memory)]
+        self.radius = min(optimizer.radius, trust or optimizer.radius) if relative else 0.0  # where beta starts
 
-    def init(self, theta: Params) -> Memory:
-        """What is remembered before the first step."""
-        parts = {"previous": {name: torch.zeros_like(p) for name, p in theta.items()}} | self.optimizer.init(theta)
+    def init(self, theta: Params, tensors: Params | None = None) -> Memory:
+        """What is remembered before the first step. `tensors` are theta's, where `theta` is pieces of them."""
+        own = self.optimizer.init(tensors if tensors is not None and self.optimizer.whole else theta)
+        parts = {"previous": {name: torch.zeros_like(p) for name, p in theta.items()}} | own
         if self.average:
             parts["average"] = dict(theta)
         return Memory(parts, torch.zeros((), dtype=torch.float64, device=next(iter(theta.values())).device))
@@ -77,7 +93,8 @@ class OuterStep:
         """theta and memory after one step, both unchanged where not `usable` (bool).
 
         Args:
-            theta, gradients: pieces of the same names and shapes.
+            theta, gradients: pieces of the same names and shapes. In memory the optimiser's own parts are named tensors where
+                it needs them whole, all else is in pieces.
             squared_norm: |gradient|^2 over all of theta: float64 scalar.
             beta: the step's size: float64 scalar.
         """
@@ -87,9 +104,10 @@ class OuterStep:
         if self.clip:
             factor = (self.clip / squared_norm.sqrt().clamp(min=TINY)).clamp(max=1)
             gradients = {name: g * factor.to(g.dtype) for name, g in gradients.items()}
-        directions, state = self.optimizer.update(gradients, {part: old[part] for part in self.optimizer.memory}, z, count)
-        if self.trust > 0:
-            factors = trusted(layout.norms(z), layout.norms(directions), beta, trust_at(self.trust, count))
+        state = {part: old[part] for part in self.optimizer.memory}
+        directions, state = layout.directions(self.optimizer, gradients, state, z, count)
+        if self.relative or self.trust > 0:
+            factors = self._factors(layout.norms(z), layout.norms(directions), layout.typical, beta, opening(count))
             directions = layout.scaled(directions, factors)
         new = {"theta": {}, "previous": directions} | state | ({"average": {}} if self.average else {})
         for name, p in z.items():
@@ -101,11 +119,27 @@ class OuterStep:
                        for name, t in tensors.items()} for part, tensors in new.items()}
         return kept.pop("theta"), Memory(kept, torch.where(usable, count, memory.steps))
 
+    def _factors(self, norms: Tensor, lengths: Tensor, typical: Tensor, beta: Tensor, opened: Tensor) -> Tensor:
+        """What each tensor's direction is multiplied by. As LARS (You et al. 2017), steps are measured by the tensor that they
+        move: early overshoot would inflate the norms of scale-invariant weights, and everything after it would be slow."""
+        unit = opened * torch.maximum(norms, FLOOR * typical)  # the step of a tensor at beta = 1
+        if self.relative:
+            within = (self.trust / beta.abs().clamp(min=TINY)).clamp(max=1) if self.trust > 0 else 1.0
+            return torch.where(lengths > NOTHING, within * unit / lengths.clamp(min=NOTHING), 0.0)
+        return (self.trust * unit / (beta.abs() * lengths).clamp(min=TINY)).clamp(max=1.0)
 
-def trust_at(trust: float, count: Tensor) -> Tensor:
-    """The trust region at the `count`-th step: it opens over WARM_STEPS, as a warm-up does (Goyal et al. 2017), and shrinks as
-    the root of the steps, as stochastic approximation wants it (Robbins and Monro 1951): no horizon to anneal towards."""
-    return trust * (count / WARM_STEPS).clamp(max=1.0) ** 3 / (1 + count / TRUST_STEPS).sqrt()
+
+def typical_length(shape: torch.Size) -> float:
+    """The length that torch's layers draw for a tensor: entries uniform within 1 / sqrt(fan in) for a weight [out, ...]; a
+    vector's fan in is unknown, and its own size taken for it."""
+    rows = shape[0] if len(shape) > 1 else 1
+    return (rows / 3) ** 0.5
+
+
+def opening(count: Tensor) -> Tensor:
+    """Relative steps at the `count`-th step: they grow over WARM_STEPS, as in a warm-up (Goyal et al. 2017), and shrink as the
+    root of the steps, as stochastic approximation wants it (Robbins and Monro 1951): no horizon to anneal towards."""
+    return (count / WARM_STEPS).clamp(max=1.0) ** 3 / (1 + count / SHRINK_STEPS).sqrt()
 
 
 def iterate(theta: Tensor, average: Tensor | None) -> Tensor:
@@ -124,13 +158,3 @@ def joined(reached: Tensor, average: Tensor | None, count: Tensor) -> tuple[Tens
         return reached, None
     average = torch.lerp(average, reached, ((AVERAGED + 1) / (count + AVERAGED)).to(reached.dtype))
     return torch.lerp(reached, average, PULL), average
-
-
-def trusted(norm: Tensor, length: Tensor, beta: Tensor, trust: Tensor) -> Tensor:
-    """The factor in (0, 1] that brings a step of beta * length down to trust * norm of the tensor that it moves.
-
-    As LARS bounds steps (You et al. 2017): early overshoot would inflate the norms of scale-invariant weights, and
-    everything after it would be slow. Elementwise over tensors.
-    """
-    limit = trust * norm.clamp(min=NORM_FLOOR)
-    return (limit / (beta.abs() * length).clamp(min=TINY)).clamp(max=1.0)

@@ -167,7 +167,8 @@ class _Run:
             if iteration == self.config.iterations:
                 self.status = "FINISHED"
                 checkpoint.save(self.folder / "checkpoints", iteration, snapshot(state), {
-                    "world_size": 1, "trajectory": configuration.trajectory(self.config)}, self.config.checkpoint.keep)
+                    "world_size": 1, "trajectory": configuration.trajectory(self.config),
+                    "relative": self.problem.radius > 0}, self.config.checkpoint.keep)
         self.recorder.flush()
 
     def end(self) -> str:

@@ -12,6 +12,6 @@ from __future__ import annotations
 from alpha_maml.registry import Registry
 
 RULES = Registry("rates.rule")
-RULES.register("adaptive", "alpha_maml.trainer.core.rules.adaptive:Adaptive", "trust", "average", "layer_step", "bounds")
+RULES.register("adaptive", "alpha_maml.trainer.core.rules.adaptive:Adaptive", "relative", "average", "layer_step", "bounds")
 RULES.register("paper", "alpha_maml.trainer.core.rules.paper:Paper")
 RULES.register("fixed", "alpha_maml.trainer.core.rules.fixed:Fixed")

@@ -1,6 +1,7 @@
 """The default rule: the paper's two hypergradients as cosines, moving the logarithms of the rates (docs/rates-study.md)."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,11 @@ from alpha_maml.trainer.core.rules.rule import CUT, Rates, Rule, Signals
 
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
 FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size moves a rate slowly
+SLOWER = 0.1  # the step of log beta beside that of log alpha: beta's effect shows over many iterations
+HORIZON = 20  # iterations after which log beta moves by the logarithm of their number: in all decades of a run alike
+FIRST_CUT = 10.0  # divides an alpha that made the first iterations useless
 WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
-REACH = 0.1  # the share of the loss that adaptation must be able to change, to first order, and that it starts with
+START, REACH = 0.01, 0.1  # shares of the loss that adaptation can change, to first order: at first, and where lifting ends
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -21,67 +25,90 @@ class Adaptive(Rule):
     so that the rates stay positive and cross decades.
 
     Args:
-        kappa: largest step of log alpha and log beta per iteration.
+        kappa: largest step of log alpha per iteration; of log beta a tenth, which falls as 1 / (1 + t / HORIZON).
         tolerance: opposition of successive meta-gradients, as a cosine, that beta endures.
         minimum, maximum: bounds of both rates.
 
     >>> rule, one = Adaptive(kappa=0.5), torch.ones((), dtype=torch.float64)
     >>> rates = rule.init(alpha=0.01 * one, beta=0.001 * one)
-    >>> signals = Signals(loss=2 * one, support_loss=3 * one, alpha_gradient=-0.5 * one, alignment_norm=one, polyak=0 * one,
+    >>> signals = Signals(loss=2 * one, support_loss=3 * one, alpha_gradient=-0.5 * one, alignment_norm=one, radius=0 * one,
     ...                   squared_norm=one, product=0.5 * one, norms=one)
-    >>> rates = rule.update(rates, signals)
+    >>> rates = rule.update(rule.update(rates, signals), signals)  # the first only places alpha
     >>> round(float(rates.alpha), 3), round(float(rates.beta), 5)
-    (0.304, 0.00159)
+    (0.03, 0.00105)
     """
 
     kappa: float = 0.5
-    tolerance: float = 0.6
+    tolerance: float = 0.0
     minimum: float = 1e-6
     maximum: float = 1e3
 
     def init(self, alpha: Tensor, beta: Tensor) -> Rates:
-        moments = {"alpha_mean": alpha, "alpha_square": alpha, "beta_mean": beta, "beta_square": beta, "count": beta}
-        return Rates(alpha, beta, {name: torch.zeros_like(like) for name, like in moments.items()})
+        like = {"alpha_norm": alpha, "alpha_mean": alpha, "alpha_square": alpha, "beta_mean": beta, "beta_square": beta,
+                "count": beta}
+        return Rates(alpha, beta, {name: torch.zeros_like(t) for name, t in like.items()})
 
     def accepts(self, signals: Signals) -> Tensor:
         """Whether adapting did not make the loss WORSE than not adapting."""
         return signals.loss <= WORSE * signals.support_loss
 
     def undone(self, rates: Rates) -> Rates:
-        return rates._replace(alpha=self.cut(rates.alpha))
+        # Before the first iteration that counts, which says where alpha begins, it is only to come down from where it was.
+        factor = torch.where(rates.memory["count"] == 0, FIRST_CUT, CUT)
+        return rates._replace(alpha=(rates.alpha / factor).clamp(min=self.minimum))
 
     def cut(self, rate: Tensor) -> Tensor:
         return (rate / CUT).clamp(min=self.minimum)
 
+    def moves(self, rates: Rates, signals: Signals) -> Tensor:
+        """Not on the first iteration, whose gradient was taken at an alpha that nobody chose well."""
+        return (rates.memory["count"] > 0) | (signals.radius == 0)
+
     def update(self, rates: Rates, signals: Signals) -> Rates:
         memory, count = rates.memory, rates.memory["count"] + 1
-        alpha_signal = -signals.alpha_gradient / signals.alignment_norm.clamp(min=TINY)
-        # Successive meta-gradients oppose each other slightly at every useful beta, because each sees the last one's noise
-        # (short-horizon bias); only opposition beyond `tolerance` says that theta overshoots.
-        beta_signal = signals.product / signals.norms.clamp(min=TINY) + self.tolerance
+        first, looks = count == 1, (count - 1).clamp(min=1)
+        # In units of what is usual, not of this iteration: one in which adaptation went wrong weighs more than the others.
+        alpha_norm = _mean(memory["alpha_norm"], signals.alignment_norm, first)
+        usual = alpha_norm / (1 - MEAN_DECAY**looks)
+        alpha_mean, alpha_square, centre, size = _moments(
+            memory["alpha_mean"], memory["alpha_square"], -signals.alpha_gradient / usual.clamp(min=TINY), first, looks)
+        # Nearly all of a step while the signal's sign is steady, next to nothing while it is noise.
+        log_alpha = self.kappa * (centre / (size + FLOOR)) ** 3
+        alpha = rates.alpha * torch.exp(log_alpha) * self._placed(rates, signals, count, centre)
 
-        alpha_mean, alpha_square, alpha_step = _moments(memory["alpha_mean"], memory["alpha_square"], alpha_signal, count)
-        beta_mean, beta_square, beta_step = _moments(memory["beta_mean"], memory["beta_square"], beta_signal, count)
-        # Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
-        # without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise. An
-        # alpha too large at the start would bend theta's first steps, the longest, for good.
-        reach = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=TINY)
-        scale = torch.where(reach > 0, REACH / reach, 1.0)
-        scale = torch.where(count == 1, scale, scale.clamp(min=1.0))
-        alpha = rates.alpha * torch.exp(self.kappa * alpha_step) * scale
-        beta = rates.beta * torch.exp(self.kappa * beta_step)
-        # beta starts where the trust region takes over, wherever it was: a climb would use up the steps in which it is open.
-        beta = torch.where((count == 1) & (signals.polyak > 0), signals.polyak, beta)
+        beta_signal = signals.product / signals.norms.clamp(min=TINY) + self.tolerance
+        beta_mean, beta_square, centre, size = _moments(memory["beta_mean"], memory["beta_square"], beta_signal, first, looks)
+        # beta's effect lasts, so what a signal is worth falls with the iterations: log beta moves by the log of their number.
+        log_beta = self.kappa * SLOWER / (1 + count / HORIZON) * centre / size.clamp(min=TINY)
+        beta = torch.where(first & (signals.radius > 0), signals.radius, rates.beta * torch.exp(log_beta))
         bounds = (self.minimum, self.maximum)
         return Rates(alpha.clamp(*bounds), beta.clamp(*bounds), {
-            "alpha_mean": alpha_mean, "alpha_square": alpha_square, "beta_mean": beta_mean, "beta_square": beta_square,
-            "count": count})
+            "alpha_norm": alpha_norm, "alpha_mean": alpha_mean, "alpha_square": alpha_square, "beta_mean": beta_mean,
+            "beta_square": beta_square, "count": count})
+
+    def _placed(self, rates: Rates, signals: Signals, count: Tensor, centre: Tensor) -> Tensor:
+        """What alpha is multiplied by so that adaptation can change the loss.
+
+        Below some rate adaptation changes nothing that could tell a good alpha from a better one, and theta would learn to do
+        without it. |alpha sum_b A_b| <= alpha alignment_norm says where that is, in units of the loss, free of noise. The first
+        iteration puts alpha where that share is START, and the second does so anew from there; later it is lifted towards
+        REACH, as long as the hypergradient does not say that a larger alpha would harm.
+        """
+        share = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=TINY)
+        to_start = torch.where(share > 0, START / share, 1.0)
+        lift = torch.where(share > 0, REACH / share, 1.0).clamp(1.0, math.exp(self.kappa))
+        harms = (rates.alpha * centre).sum() < 0
+        return torch.where(count <= 2, to_start, torch.where(harms, 1.0, lift))
 
 
-def _moments(mean: Tensor, square: Tensor, signal: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The running mean and square (Adam's, Kingma and Ba 2015), and the cube of their bias-corrected ratio, in about [-1, 1]:
-    nearly all of a step while the signal's sign is steady, next to nothing while it is noise."""
-    mean = MEAN_DECAY * mean + (1 - MEAN_DECAY) * signal
-    square = SQUARE_DECAY * square + (1 - SQUARE_DECAY) * signal**2
-    centre, power = mean / (1 - MEAN_DECAY**count), square / (1 - SQUARE_DECAY**count)
-    return mean, square, (centre / (power.sqrt() + FLOOR)) ** 3
+def _mean(mean: Tensor, value: Tensor, first: Tensor) -> Tensor:
+    """The running mean; the first iteration, at an alpha that nobody chose well, stays out."""
+    return torch.where(first, 0.0, MEAN_DECAY * mean + (1 - MEAN_DECAY) * value)
+
+
+def _moments(mean: Tensor, square: Tensor, signal: Tensor, first: Tensor,
+             looks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The running mean and square (Adam's, Kingma and Ba 2015), and both without their bias towards zero, the latter's root."""
+    mean = _mean(mean, signal, first)
+    square = torch.where(first, 0.0, SQUARE_DECAY * square + (1 - SQUARE_DECAY) * signal**2)
+    return mean, square, mean / (1 - MEAN_DECAY**looks), (square / (1 - SQUARE_DECAY**looks)).sqrt()

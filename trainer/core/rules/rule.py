@@ -25,8 +25,7 @@ class Signals(NamedTuple):
     support_loss: Tensor  # before adaptation
     alpha_gradient: Tensor  # sum of A_b
     alignment_norm: Tensor  # sum of |grad L_te| |sum_k g_k|
-    polyak: Tensor  # loss / |S_t|^2, the beta that would take the loss to zero to first order (Polyak 1969); 0 where theta does
-    # not step along S_t itself under a trust region
+    radius: Tensor  # the relative step from which beta starts; 0 where theta's steps are not relative
     squared_norm: Tensor  # |S_t|^2
     product: Tensor  # <S_t, direction applied last>
     norms: Tensor  # |S_t| |direction applied last|
@@ -47,6 +46,10 @@ class Rule:
     def accepts(self, signals: Signals) -> Tensor:
         """Whether theta may move on this iteration (bool), beyond that its numbers are finite."""
         return torch.ones_like(signals.loss, dtype=torch.bool)
+
+    def moves(self, rates: Rates, signals: Signals) -> Tensor:
+        """Whether theta moves on an iteration that began at these rates (bool); the rates move all the same."""
+        return torch.ones_like(rates.beta, dtype=torch.bool)
 
     def undone(self, rates: Rates) -> Rates:
         """The rates after an iteration that moved nothing."""
