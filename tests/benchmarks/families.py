@@ -130,17 +130,22 @@ def pairs(optimizer: str, full: bool) -> list[tuple[float, float]]:
     return [(alpha, beta) for alpha in alphas for beta in betas]
 
 
-def measure_reference(families: list[str], processes: int, full: bool) -> None:
+def label(family: str, settings: tuple[str, ...]) -> str:
+    """Under which the reference of a family is kept, where keys differ from its file."""
+    return ", ".join((family, *settings))
+
+
+def measure_reference(families: list[str], processes: int, full: bool, settings: tuple[str, ...]) -> None:
     """Fills in families.json."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for family in families:
         best = {}
         for optimizer in GRIDS:
-            tried = all_of([Job(family, optimizer, True, a, b, 0) for a, b in pairs(optimizer, full)], processes)
+            tried = all_of([Job(family, optimizer, True, a, b, 0, settings) for a, b in pairs(optimizer, full)], processes)
             top = min(tried, key=lambda r: r["loss"])
             factors = [(a, b) for a in (1 / HALF, 1, HALF) for b in (1 / HALF, 1, HALF) if (a, b) != (1, 1)]
             around = [(a * top["alpha_0"], b * top["beta_0"]) for a, b in factors]
-            tried += all_of([Job(family, optimizer, True, a, b, 0) for a, b in around], processes)
+            tried += all_of([Job(family, optimizer, True, a, b, 0, settings) for a, b in around], processes)
             tried.sort(key=lambda r: (r["alpha_0"], r["beta_0"]))
             top = min(tried, key=lambda r: r["loss"])
             best[optimizer] = {
@@ -150,7 +155,7 @@ def measure_reference(families: list[str], processes: int, full: bool) -> None:
                 "final": statistics.fmean(top["losses"][-WINDOW:]),
                 "all": [[r["alpha_0"], r["beta_0"], round(r["loss"], 5)] for r in tried]}
         kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-        kept[family] = {"date": str(date.today()), "commit": commit, **best}
+        kept[label(family, settings)] = {"date": str(date.today()), "commit": commit, **best}
         KEPT.write_text("{\n" + ",\n".join(f'"{name}": {json.dumps(row)}' for name, row in sorted(kept.items())) + "\n}\n")
         print(family, {name: (b["alpha"], b["beta"], b["loss"]) for name, b in best.items()}, flush=True)
 
@@ -165,9 +170,10 @@ def measure_rule(families: list[str], starts: list[tuple[float, float]], seeds: 
         jobs = [Job(family, None, False, a, b, seed, settings, constants) for a, b in starts for seed in range(seeds)]
         runs = sorted(all_of(jobs, processes), key=lambda r: r["loss"])
         losses = [r["loss"] for r in runs]
-        name, best = min(((name, kept[family][name]) for name in GRIDS), key=lambda pair: pair[1]["loss"])
+        reference = kept[label(family, settings)]
+        name, best = min(((name, reference[name]) for name in GRIDS), key=lambda pair: pair[1]["loss"])
         rows.append({
-            "family": family, "runs": len(runs), "fixed": best["loss"], "by": f"{name} {best['alpha']:.2g}, {best['beta']:.2g}",
+            "family": label(family, settings), "runs": len(runs), "fixed": best["loss"], "by": f"{name} {best['alpha']:.2g}, {best['beta']:.2g}",
             "best": losses[0], "median": statistics.median(losses), "worst": losses[-1],
             "diverged": sum(r["diverged"] for r in runs), "reached": reached(runs, best["final"]),
             "accuracy": [best["accuracy"], statistics.median(r["accuracy"] for r in runs)] if best["accuracy"] else None,
@@ -264,7 +270,7 @@ def main() -> None:
         measure_variants(families, VARIANTS[options.variants], options.seeds, options.jobs)
         return
     if options.reference:
-        measure_reference(families, options.jobs, options.grid == "full")
+        measure_reference(families, options.jobs, options.grid == "full", tuple(options.settings))
         return
     alphas, betas = ([DECADES[round(i * 6 / max(1, n - 1))] for i in range(n)] for n in map(int, options.starts.split("x")))
     starts = [(a, b) for a in alphas for b in betas]

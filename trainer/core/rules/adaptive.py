@@ -1,7 +1,6 @@
 """The default rule: the paper's two hypergradients as cosines, moving the logarithms of the rates (docs/rates-study.md)."""
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +95,8 @@ class Adaptive(Rule):
         """
         share = (rates.alpha * signals.alignment_norm).sum() / signals.loss.abs().clamp(min=TINY)
         to_start = torch.where(share > 0, START / share, 1.0)
-        lift = torch.where(share > 0, REACH / share, 1.0).clamp(1.0, math.exp(self.kappa))
+        lift = torch.where(share > 0, REACH / share, 1.0).clamp(min=1.0)
+        lift = torch.minimum(lift, torch.exp(self.kappa * torch.ones_like(lift)))
         harms = (rates.alpha * centre).sum() < 0
         return torch.where(count <= 2, to_start, torch.where(harms, 1.0, lift))
 
