@@ -81,8 +81,6 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def _train(job: Job) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     values = dict(word.split("=", 1) for word in job.settings)
     values |= {"rates.alpha": repr(job.alpha_0), "rates.beta": repr(job.beta_0), "seed": str(job.seed), "device": "cpu",
                "rates.rule": "fixed" if job.fixed else values.get("rates.rule", "adaptive")}
@@ -116,7 +114,7 @@ def _train(job: Job) -> dict[str, Any]:
 def all_of(jobs: list[Job], processes: int) -> list[dict[str, Any]]:
     """The runs, side by side, with a line of progress for each."""
     found = []
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
         for result in pool.imap_unordered(train, jobs):
             found.append(result)
             start = f"({result['alpha_0']:.2g}, {result['beta_0']:.2g}), seed {result['seed']}"
@@ -173,7 +171,8 @@ def measure_rule(families: list[str], starts: list[tuple[float, float]], seeds: 
         reference = kept[label(family, settings)]
         name, best = min(((name, reference[name]) for name in GRIDS), key=lambda pair: pair[1]["loss"])
         rows.append({
-            "family": label(family, settings), "runs": len(runs), "fixed": best["loss"], "by": f"{name} {best['alpha']:.2g}, {best['beta']:.2g}",
+            "family": label(family, settings), "runs": len(runs), "fixed": best["loss"],
+            "by": f"{name} {best['alpha']:.2g}, {best['beta']:.2g}",
             "best": losses[0], "median": statistics.median(losses), "worst": losses[-1],
             "diverged": sum(r["diverged"] for r in runs), "reached": reached(runs, best["final"]),
             "accuracy": [best["accuracy"], statistics.median(r["accuracy"] for r in runs)] if best["accuracy"] else None,
