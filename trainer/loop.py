@@ -41,11 +41,11 @@ def resume(state: State, folder: Path, world: World, problem: Problem | None = N
         for line in complaints:
             say(line)
         if path is not None:
-            checkpoint.load(path, tensors)
             facts = checkpoint.facts(path)
             iteration = facts["iteration"]
             if problem is not None:
                 _check_the_same(problem, facts, folder)
+            checkpoint.load(path, tensors)
     return restored(state.engine, tensors, broadcast_state(tensors, iteration, world))
 
 

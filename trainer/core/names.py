@@ -13,7 +13,8 @@ from alpha_maml.trainer.core.algebra import Params
 from alpha_maml.trainer.core.rules.rule import Rates
 
 THETA, OUTER, RATES = "theta.", "outer.", "rates."
-ALPHA, COUNT, AVERAGE = f"{RATES}alpha", f"{OUTER}count", f"{OUTER}average."
+ALPHA, BETA, COUNT, AVERAGE = f"{RATES}alpha", f"{RATES}beta", f"{OUTER}count", f"{OUTER}average."
+NEEDED = (ALPHA, BETA)  # of the rates: the others only a rule remembers
 
 
 def of_theta(theta: Params, memory: dict[str, Params], count: Tensor) -> dict[str, Tensor]:
@@ -31,7 +32,7 @@ def theta_of(state: dict[str, Tensor], parts: list[str]) -> tuple[Params, dict[s
 
 def of_rates(rates: Rates) -> dict[str, Tensor]:
     memory = {f"{RATES}{name}": t for name, t in rates.memory.items()}
-    return {ALPHA: rates.alpha, f"{RATES}beta": rates.beta} | memory
+    return {ALPHA: rates.alpha, BETA: rates.beta} | memory
 
 
 def rates_of(state: dict[str, Tensor]) -> Rates:

@@ -20,7 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from alpha_maml.errors import InputError, naming
-from alpha_maml.trainer.core.names import RATES
+from alpha_maml.trainer.core.names import NEEDED, RATES
 
 MANIFEST, TENSORS = "manifest.json", "state.safetensors"
 
@@ -125,9 +125,10 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def load(path: Path, state: dict[str, Tensor]) -> None:
     """Fills `state`'s tensors in place, on whatever device they are. Raises InputError where names or shapes differ; what only
-    a rule for the rates remembered that is not in use is left out."""
+    one of two rules for the rates remembers stays as it is."""
     held = {name: t for name, t in read(path).items() if name in state or not name.startswith(RATES)}
-    for name in sorted(held.keys() | state.keys()):
+    own = {name for name in state.keys() - held.keys() if name.startswith(RATES) and name not in NEEDED}
+    for name in sorted((held.keys() | state.keys()) - own):
         has, needs = (f"{list(t[name].shape)} of {t[name].dtype}" if name in t else None for t in (held, state))
         if has != needs:
             raise InputError(f"run_dir: {path} holds {name} with shape {has}, the configuration needs {needs}; use the "
