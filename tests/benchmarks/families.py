@@ -196,8 +196,7 @@ CONSTANTS = {  # name: place, a third or so, three times or so
     "radius 0.01": (RADIUS, 0.0033, 0.03), "SLOWER 0.1": (f"{RULE}SLOWER=", 0.033, 0.3),
     "HORIZON 20": (f"{RULE}HORIZON=", 7, 60), "kappa 0.5": ("rates.kappa=", 0.17, 1.5),
     "FLOOR 0.03": (f"{RULE}FLOOR=", 0.01, 0.09), "START 0.01": (f"{RULE}START=", 0.0033, 0.03),
-    "REACH 0.1": (f"{RULE}REACH=", 0.033, 0.3), "WORSE 2": (f"{RULE}WORSE=", 1.3, 6),
-    "WARM_STEPS 10": (f"{STEP}WARM_STEPS=", 3, 30),
+    "REACH 0.1": (f"{RULE}REACH=", 0.033, 0.3), "WORSE 10": (f"{RULE}WORSE=", 3, 30),
     "SHRINK_STEPS 20": (f"{STEP}SHRINK_STEPS=", 7, 60), "FLOOR of lengths 0.3": (f"{STEP}FLOOR=", 0.1, 0.9),
     "AVERAGED 4": (f"{STEP}AVERAGED=", 1, 12), "PULL 0.5": (f"{STEP}PULL=", 0.17, 0.83)}
 VARIANTS = {
@@ -209,7 +208,6 @@ VARIANTS = {
         "one alpha for all": ("rates.alpha_shape=scalar",),
         "alpha is not lifted": (f"{RULE}REACH=0",),
         "no iteration is undone": (f"{RULE}WORSE=1e9",),
-        "steps do not grow at first": (f"{STEP}WARM_STEPS=0.001",),
         "steps do not shrink": (f"{STEP}SHRINK_STEPS=1e9",),
         "no average": ("outer.average=false",),
         "no floor under lengths": (f"{STEP}FLOOR=0",),

@@ -227,7 +227,7 @@ def test_an_unusable_iteration_cuts_alpha_and_changes_nothing_else():
         begin = first(settings)
         begin = state = begin._replace(memory=begin.memory | {"count": count * ONE})
         for _ in range(3):
-            decision = decide(rule, state, signals(0.5, 0.5, 1.0)._replace(support_loss=0.4 * ONE))
+            decision = decide(rule, state, signals(0.5, 0.5, 1.0)._replace(support_loss=0.09 * ONE))
             state = decision.rates
             assert not decision.usable and decision.finite
         assert state == begin._replace(alpha=torch.tensor(expected, dtype=torch.float64))
@@ -334,6 +334,6 @@ def test_an_adaptation_that_made_the_loss_worse_is_finite():
     """It is undone, and counted as skipped, but on_nonfinite has no say in it."""
     config = Config(on_nonfinite="halve")
     before = begun(first(config.rates))
-    found, usable, finite = after(config, before, total(loss=5.0))
+    found, usable, finite = after(config, before, total(loss=21.0))
     assert not usable and finite
     assert found == before._replace(alpha=before.alpha / CUT)

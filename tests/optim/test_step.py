@@ -115,7 +115,7 @@ def test_under_the_default_rule_beta_is_the_step_of_every_tensor_in_units_of_its
     theta["idle"], gradients[0]["idle"] = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     settings = outer(average=False, optimizer=name)
     moved, memory = move(settings, theta, gradients[0], 0.05, settings.init(theta))
-    step_1 = 0.05 / step.WARM_STEPS**3 / (1 + 1 / step.SHRINK_STEPS) ** 0.5
+    step_1 = 0.05 / (1 + 1 / step.SHRINK_STEPS) ** 0.5
     for n in ("weight", "wide"):
         assert float((moved[n] - theta[n]).norm() / theta[n].norm()) == pytest.approx(step_1)
         assert torch.allclose(theta[n] - 0.05 * memory.parts["previous"][n], moved[n]), "not what was applied"
@@ -133,16 +133,15 @@ def test_plain_maml_steps_by_beta_and_a_trust_region_bounds_it():
     moved, _ = move(free, theta, gradients[0], 100.0, free.init(theta))
     assert torch.allclose(theta["weight"] - 100 * gradients[0]["weight"], moved["weight"])
     moved, _ = move(bounded, theta, gradients[0], 100.0, bounded.init(theta))
-    first = 0.2 / step.WARM_STEPS**3 / (1 + 1 / step.SHRINK_STEPS) ** 0.5
+    first = 0.2 / (1 + 1 / step.SHRINK_STEPS) ** 0.5
     assert float((moved["weight"] - theta["weight"]).norm() / theta["weight"].norm()) == pytest.approx(first)
     moved, _ = move(bounded, theta, gradients[0], 1e-9, bounded.init(theta))
     assert torch.allclose(theta["weight"] - 1e-9 * gradients[0]["weight"], moved["weight"], rtol=1e-14)
 
 
-def test_relative_steps_grow_and_then_shrink_as_the_root_of_the_steps():
-    steps = torch.tensor([5.0, 20.0, 30.0, 990.0], dtype=torch.float64)
-    expected = [1 / 8 / 1.25**0.5, 1 / 2**0.5, 1 / 2.5**0.5, 1 / 50.5**0.5]
-    assert step.opening(steps).tolist() == pytest.approx(expected)
+def test_relative_steps_shrink_as_the_root_of_the_steps():
+    steps = torch.tensor([0.0, 20.0, 30.0, 990.0], dtype=torch.float64)
+    assert step.shrunk(steps).tolist() == pytest.approx([1.0, 1 / 2**0.5, 1 / 2.5**0.5, 1 / 50.5**0.5])
 
 
 def test_theta_lies_halfway_between_the_iterate_and_its_average():

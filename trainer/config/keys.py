@@ -120,9 +120,8 @@ class OuterSettings:
     optimizer: str | None = key(
         None, "theta's step; null is muon under rule adaptive, else the paper's sgd", NOT_EMPTY, registry=OPTIMIZERS)
     trust: float | None = key(
-        None, "largest relative step of a tensor, growing over 20 iterations as their cube and falling as 1/sqrt(1 + t/20). "
-        "Under rule adaptive beta is that step: there 0 takes the optimiser's own instead, of size beta. null is no bound",
-        NOT_NEGATIVE)
+        None, "largest relative step of a tensor, falling as 1/sqrt(1 + t/20). Under rule adaptive beta is that step: there 0 "
+        "takes the optimiser's own instead, of size beta. null is no bound", NOT_NEGATIVE)
     clip: float = key(0.0, "largest norm of the meta-gradient; 0 is none", NOT_NEGATIVE, LATER)
     weight_decay: float = key(
         0.0, "adds weight_decay theta to the meta-gradient; adamw and muon to their direction", WEIGHT_DECAY)

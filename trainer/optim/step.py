@@ -11,7 +11,6 @@ from alpha_maml.trainer.optim.optimizer import Optimizer, State
 
 FLOOR = 0.3  # of the length that torch's layers draw for a tensor of its shape: one that starts at zero may still move
 SHRINK_STEPS = 20  # after which relative steps begin to shrink, as the root of the steps
-WARM_STEPS = 10  # over which they grow, as the cube: alpha finds its place before theta moves far
 AVERAGED = 4  # the average weighs step t as t^AVERAGED does: about the last fifth of all steps
 PULL = 0.5  # how far theta lies from the iterate z towards z's average
 TINY = torch.finfo(torch.float64).tiny
@@ -65,8 +64,8 @@ class OuterStep:
 
     Args:
         optimizer: gives the direction.
-        relative: beta is the length of every tensor's step, in units of the tensor's own, times `opening`.
-        trust: largest relative step of a tensor, times `opening`; 0 is none.
+        relative: beta is the length of every tensor's step, in units of the tensor's own, times `shrunk`.
+        trust: largest relative step of a tensor, times `shrunk`; 0 is none.
         average: keep an average of z, which evaluation uses (schedule-free).
         weight_decay: adds weight_decay theta to the meta-gradient, or to the direction of an optimiser that decouples it.
         clip: largest norm of the meta-gradient; 0 is none.
@@ -107,7 +106,7 @@ class OuterStep:
         state = {part: old[part] for part in self.optimizer.memory}
         directions, state = layout.directions(self.optimizer, gradients, state, z, count)
         if self.relative or self.trust > 0:
-            factors = self._factors(layout.norms(z), layout.norms(directions), layout.typical, beta, opening(count))
+            factors = self._factors(layout.norms(z), layout.norms(directions), layout.typical, beta, shrunk(count))
             directions = layout.scaled(directions, factors)
         new = {"theta": {}, "previous": directions} | state | ({"average": {}} if self.average else {})
         for name, p in z.items():
@@ -119,10 +118,10 @@ class OuterStep:
                        for name, t in tensors.items()} for part, tensors in new.items()}
         return kept.pop("theta"), Memory(kept, torch.where(usable, count, memory.steps))
 
-    def _factors(self, norms: Tensor, lengths: Tensor, typical: Tensor, beta: Tensor, opened: Tensor) -> Tensor:
+    def _factors(self, norms: Tensor, lengths: Tensor, typical: Tensor, beta: Tensor, left: Tensor) -> Tensor:
         """What each tensor's direction is multiplied by. As LARS (You et al. 2017), steps are measured by the tensor that they
         move: early overshoot would inflate the norms of scale-invariant weights, and everything after it would be slow."""
-        unit = opened * torch.maximum(norms, FLOOR * typical)  # the step of a tensor at beta = 1
+        unit = left * torch.maximum(norms, FLOOR * typical)  # the step of a tensor at beta = 1
         if self.relative:
             within = (self.trust / beta.abs().clamp(min=TINY)).clamp(max=1) if self.trust > 0 else 1.0
             return torch.where(lengths > NOTHING, within * unit / lengths.clamp(min=NOTHING), 0.0)
@@ -136,10 +135,10 @@ def typical_length(shape: torch.Size) -> float:
     return (rows / 3) ** 0.5
 
 
-def opening(count: Tensor) -> Tensor:
-    """Relative steps at the `count`-th step: they grow over WARM_STEPS, as in a warm-up (Goyal et al. 2017), and shrink as the
-    root of the steps, as stochastic approximation wants it (Robbins and Monro 1951): no horizon to anneal towards."""
-    return (count / WARM_STEPS).clamp(max=1.0) ** 3 / (1 + count / SHRINK_STEPS).sqrt()
+def shrunk(count: Tensor) -> Tensor:
+    """What is left of a relative step at the `count`-th step: it shrinks as the root of the steps, as stochastic approximation
+    wants it (Robbins and Monro 1951): no horizon to anneal towards."""
+    return 1 / (1 + count / SHRINK_STEPS).sqrt()
 
 
 def iterate(theta: Tensor, average: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ FLOOR = 0.03  # added to a signal's root mean square: pure noise of that size mo
 SLOWER = 0.1  # the step of log beta beside that of log alpha: beta's effect shows over many iterations
 HORIZON = 20  # iterations after which log beta moves by the logarithm of their number: in all decades of a run alike
 FIRST_CUT = 10.0  # divides an alpha that made the first iterations useless
-WORSE = 2.0  # an adaptation that multiplies the loss by this much is undone
+WORSE = 10.0  # an adaptation that multiplies the loss by this much exploded, and is undone
 START, REACH = 0.01, 0.1  # shares of the loss that adaptation can change, to first order: at first, and where lifting ends
 TINY = torch.finfo(torch.float64).tiny
 
