@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import sysconfig
 from pathlib import Path
 
@@ -111,9 +112,9 @@ def _drawings() -> Tensor:
 
 
 def _root() -> str | None:
-    """The files of Omniglot, where they lie beside the checkout; else they are downloaded once."""
-    beside = Path(__file__).parents[3] / "shared/data/omniglot"
-    return str(beside) if beside.is_dir() else None
+    """The folder of Omniglot's archives, $OMNIGLOT_ROOT or beside the checkout; else they are downloaded once."""
+    folder = Path(os.environ.get("OMNIGLOT_ROOT", Path(__file__).parents[3] / "shared/data/omniglot"))
+    return str(folder) if folder.is_dir() else None
 
 
 def drawing(split: str, number: int):

@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import subprocess
 import time
@@ -37,6 +38,7 @@ from alpha_maml.trainer.step import METRICS, train_step
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ROOT / "configs/families"
+OMNIGLOT = Path(os.environ.get("OMNIGLOT_ROOT", ROOT / "../shared/data/omniglot"))
 KEPT = Path(__file__).with_suffix(".json")
 DECADES = [10.0**n for n in range(-5, 2)]
 GRIDS = {"sgd": (DECADES[2:], DECADES[2:]), "adam": (DECADES[2:], DECADES[1:5])}
@@ -86,9 +88,8 @@ def _train(job: Job) -> dict[str, Any]:
                "rates.rule": "fixed" if job.fixed else values.get("rates.rule", "adaptive")}
     if job.optimizer:
         values["outer.optimizer"] = job.optimizer
-    root = ROOT.parent / "shared/data/omniglot"
-    if root.is_dir():
-        values["data.root"] = str(root)
+    if OMNIGLOT.is_dir():  # else it is downloaded
+        values["data.root"] = str(OMNIGLOT)
     config = configuration.build(FAMILIES / f"{job.family}.yaml", values)
     begun = time.monotonic()
     problem, state = set_up(config, World())
@@ -148,16 +149,13 @@ def measure_reference(families: list[str], processes: int, full: bool, settings:
             top = min(tried, key=lambda r: r["loss"])
             best[optimizer] = {
                 "alpha": top["alpha_0"], "beta": top["beta_0"], "loss": top["loss"], "accuracy": top["accuracy"],
-                "runs": len(tried),
-                "diverged": sum(r["diverged"] for r in tried),
+                "runs": len(tried), "diverged": sum(r["diverged"] for r in tried),
                 "final": statistics.fmean(top["losses"][-WINDOW:]),
                 "all": [[r["alpha_0"], r["beta_0"], round(r["loss"], 5)] for r in tried]}
         kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
         kept[label(family, settings)] = {"date": str(date.today()), "commit": commit, **best}
         KEPT.write_text("{\n" + ",\n".join(f'"{name}": {json.dumps(row)}' for name, row in sorted(kept.items())) + "\n}\n")
         print(family, {name: (b["alpha"], b["beta"], b["loss"]) for name, b in best.items()}, flush=True)
-
-
 
 
 def measure_rule(families: list[str], starts: list[tuple[float, float]], seeds: int, processes: int,

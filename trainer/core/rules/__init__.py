@@ -4,7 +4,7 @@ Belongs here: subclasses of `rule.Rule`, which turn an iteration's signals into 
 tensors out, and nothing waits for the host. May import: `alpha_maml.registry`, torch.
 Offers: RULES (here, without torch); `rule.Rule`, `rule.Rates`, `rule.Signals`.
 
-The facts are what a rule takes where the configuration leaves a key null: a trust region, an average of theta, an alpha for
+The facts are what a rule takes where the configuration leaves a key null: relative steps, an average of theta, an alpha for
 each tensor and inner step; "bounds" says that both rates start within rates.minimum and rates.maximum.
 """
 from __future__ import annotations
